@@ -1,0 +1,127 @@
+"""The contract between the shim and what isolates: one driver per isolation, see docs/design/0002-driver.md.
+
+Order of calls, in one shim, from one thread:
+
+    driver.probe() / check(plan)          any time, no side effects
+    created = driver.create(plan, undo, by, loop)     everything ready, nothing of the workload has run
+    created.init.on_exit = ...            the shim sets its callbacks and takes init.streams
+    created.start(by)                     the workload's program runs; raises CommandNotFound/CommandNotExecutable
+    created.exec(process, stdin, by)      any number, while running
+    created.delete(by)                    after init's exit, or instead of start; kills what is left
+    driver.sweep(plan)                    in any later process, when the shim died; idempotent
+
+`tests/conformance/` runs the same bodies over every driver.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar, NamedTuple, Protocol
+
+from ambi.core.deadline import Deadline
+from ambi.core.loop import Loop
+from ambi.core.model import ExitStatus, Isolation, Status, Usage
+from ambi.core.plan import LaunchPlan
+from ambi.core.undo import Undo
+
+
+class Streams(NamedTuple):
+    """The host's ends of a process's stdio. The receiver owns and closes them; all are CLOEXEC and non-blocking.
+
+    Without a terminal: stdin is a writable pipe or socket (None when the process reads /dev/null), stdout and stderr are
+    readable. With one: stdin and stdout are the same descriptor and stderr is None. End of output is EOF, or EIO from a
+    terminal. Closing stdin gives the process EOF. A full stdout blocks the process and nothing else.
+    """
+
+    stdin: int | None
+    stdout: int
+    stderr: int | None
+
+
+class Process(Protocol):
+    """A process of the workload, init or an exec.
+
+    pid: on the host for a container, in the guest for a VM.
+    streams: valid from `create` or `exec` on.
+    exit: None until it has ended and been reaped.
+    on_exit: called once from the loop, after `exit` is set; output may still be unread in the streams.
+    """
+
+    @property
+    def pid(self) -> int: ...
+    @property
+    def streams(self) -> Streams: ...
+    @property
+    def exit(self) -> ExitStatus | None: ...
+
+    on_exit: Callable[[ExitStatus], None] | None
+
+    def signal(self, number: int) -> None:
+        """Send a signal; a process that has ended is no error."""
+
+    def resize(self, rows: int, columns: int) -> None:
+        """Set the terminal's size; without a terminal InvalidRequest."""
+
+
+class Created(Protocol):
+    """A prepared or running workload."""
+
+    @property
+    def init(self) -> Process: ...
+
+    def start(self, by: Deadline) -> None: ...
+
+    def exec(self, process: dict[str, Any], stdin: bool, by: Deadline) -> Process:
+        """Run one more program: an OCI `process` object (terminal, user, args, env, cwd, capabilities, noNewPrivileges).
+
+        Raises CommandNotFound, CommandNotExecutable, InvalidRequest (user, cwd), Conflict (not running).
+        """
+
+    def state(self) -> Status:
+        """CREATED, RUNNING, PAUSED or EXITED."""
+
+    def usage(self) -> Usage: ...
+
+    def processes(self) -> list[dict[str, Any]]:
+        """One entry a process: pid, ppid, uid, user, tty, stime_ns, cpu_ns, command. For `top`."""
+
+    def delete(self, by: Deadline) -> None:
+        """Kill what is left and remove everything that `create` made, but for what the upper and `data_dir` hold."""
+
+
+class Problem(NamedTuple):
+    """Why a plan cannot work here, and what to do."""
+
+    message: str
+    hint: str | None = None
+
+
+class Features(NamedTuple):
+    """What a driver can do on this host.
+
+    problem: why it is unusable (None when usable). details: what `doctor` prints, name to value.
+    """
+
+    problem: Problem | None
+    details: dict[str, str]
+
+
+class Driver(Protocol):
+    """Runs prepared OCI workloads in one kind of isolation. Lives in the shim, never in the engine.
+
+    A driver creates nothing that the plan does not name, pulls no image, allocates no address and prints nothing.
+    Made by a factory without arguments; importing its module must be cheap, see ambi/shim/README.md.
+    """
+
+    isolation: ClassVar[Isolation]
+
+    def probe(self) -> Features: ...
+
+    def check(self, plan: LaunchPlan) -> list[Problem]:
+        """No side effects; an empty list means create should work."""
+
+    def create(self, plan: LaunchPlan, undo: Undo, by: Deadline, loop: Loop) -> Created:
+        """Raises Unsupported, InvalidRequest, NotFound (a mount's source), DeadlineExceeded, CommandNotFound."""
+
+    def sweep(self, plan: LaunchPlan) -> None:
+        """Remove whatever a dead shim left of `plan`: processes, cgroups, mounts, sockets. Idempotent."""
