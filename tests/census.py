@@ -1,0 +1,102 @@
+"""What of ours exists on this machine now: mounts, cgroups, links, loop devices, processes, namespaces.
+
+`take(mark)` looks for processes whose environment carries AMBI_TEST_SESSION=`mark` (every process of ours inherits it from
+the test that started the engine), for the namespaces that such processes hold, and for kernel objects with our name.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+MARK_VARIABLE = "AMBI_TEST_SESSION"
+NAMESPACES = ("mnt", "pid", "net", "uts", "ipc", "cgroup", "user")
+
+Census = dict[str, frozenset[str]]
+
+
+def take(mark: str) -> Census:
+    pids = list(_marked(mark))
+    return {
+        "processes": frozenset(f"{pid} {_name(pid)}" for pid in pids),
+        "namespaces": frozenset(_foreign_namespaces(pids)),
+        "mounts": frozenset(_mounts()),
+        "cgroups": frozenset(_cgroups()),
+        "links": frozenset(n for n in os.listdir("/sys/class/net") if n.startswith(("ambi", "tap", "veth"))),
+        "loops": frozenset(_loops()),
+    }
+
+
+def settle(mark: str, before: Census, seconds: float = 10) -> dict[str, list[str]]:
+    """What is there more than `before`, once it stops shrinking or `seconds` have passed; {} is clean."""
+    end = time.monotonic() + seconds
+    while True:
+        now = take(mark)
+        more = {kind: sorted(now[kind] - before[kind]) for kind in now if now[kind] - before[kind]}
+        if not more or time.monotonic() > end:
+            return more
+        time.sleep(0.2)
+
+
+def _marked(mark: str) -> Iterator[int]:
+    needle = f"{MARK_VARIABLE}={mark}".encode()
+    for entry in os.listdir("/proc"):
+        if entry.isdigit() and int(entry) != os.getpid():
+            try:
+                environment = Path("/proc", entry, "environ").read_bytes()
+            except OSError:
+                continue
+            if needle in environment.split(b"\0") and _state(int(entry)) != "Z":
+                yield int(entry)
+
+
+def _state(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return "Z"
+
+
+def _name(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()[:120]
+    except OSError:
+        return "?"
+
+
+def _foreign_namespaces(pids: list[int]) -> Iterator[str]:
+    """Namespaces of `pids` that this process is not in."""
+    mine = {os.readlink(f"/proc/self/ns/{kind}") for kind in NAMESPACES}
+    for pid in pids:
+        for kind in NAMESPACES:
+            try:
+                name = os.readlink(f"/proc/{pid}/ns/{kind}")
+            except OSError:
+                continue
+            if name not in mine:
+                yield name
+
+
+def _mounts() -> Iterator[str]:
+    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+        if "ambi" in line:
+            fields = line.split()
+            yield f"{fields[4]} {line.partition(' - ')[2]}"
+
+
+def _cgroups() -> Iterator[str]:
+    for top, folders, _ in os.walk("/sys/fs/cgroup"):
+        for folder in folders:
+            if "ambi" in folder:
+                yield os.path.join(top, folder)
+                for below, deeper, _ in os.walk(os.path.join(top, folder)):
+                    yield from (os.path.join(below, name) for name in deeper)
+
+
+def _loops() -> Iterator[str]:
+    for device in Path("/sys/block").glob("loop*"):
+        backing = device / "loop" / "backing_file"
+        if backing.exists():
+            yield f"{device.name} {backing.read_text().strip()}"

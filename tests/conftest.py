@@ -1,0 +1,123 @@
+"""What every test gets: declared needs, an account of skips, and a census of what was left behind.
+
+`@pytest.mark.needs("root", "qemu", ...)` states what a test needs; unmet needs skip it. At the end every skip is listed with
+its reason, and one that `allowed_skips.txt` does not allow on this kind of machine fails the run. What tests leave on the
+machine fails it too.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import os
+import secrets
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests import census
+from tests.needs import NEEDS, machine_kind
+
+HERE = Path(__file__).parent
+MARK = os.environ.setdefault(census.MARK_VARIABLE, secrets.token_hex(8))
+_skips: list[tuple[str, str]] = []
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "needs(name, ...): what the test needs of this machine, see tests/needs.py")
+
+
+def pytest_report_header() -> list[str]:
+    met = [name for name, need in NEEDS.items() if need() is None]
+    return [f"machine: {machine_kind()}", f"needs met: {', '.join(met) or 'none'}"]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    unmet: dict[str, str | None] = {}
+    for item in items:
+        names = [name for mark in item.iter_markers("needs") for name in mark.args]
+        folder = item.path.relative_to(HERE).parts[0] if HERE in item.path.parents else ""
+        if folder in ("kernel", "vm", "cli", "conformance"):
+            names.insert(0, "root")
+        for name in names:
+            if name not in unmet:
+                unmet[name] = NEEDS[name]()
+            if unmet[name]:
+                item.add_marker(pytest.mark.skip(reason=f"needs {name}: {unmet[name]}"))
+                break
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    if report.skipped and isinstance(report.longrepr, tuple):
+        _skips.append((report.nodeid, report.longrepr[2].removeprefix("Skipped: ")))
+
+
+def _allowed(nodeid: str) -> bool:
+    kind = machine_kind()
+    for line in (HERE / "allowed_skips.txt").read_text().splitlines():
+        fields = line.split(None, 2)
+        if fields and not line.startswith("#") and fields[0] in (kind, "any") and fnmatch.fnmatch(nodeid, fields[1]):
+            return True
+    return False
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if not _skips:
+        return
+    terminalreporter.section("skipped")
+    for nodeid, reason in _skips:
+        mark = "" if _allowed(nodeid) else "NOT ALLOWED HERE: "
+        terminalreporter.line(f"{mark}{nodeid}: {reason}")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if any(not _allowed(nodeid) for nodeid, _ in _skips) and session.exitstatus == 0:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+@pytest.fixture(scope="session", autouse=True)
+def nothing_left_behind() -> Iterator[None]:
+    """Fails the session when tests leave mounts, cgroups, links, loop devices, namespaces or processes of ours."""
+    before = census.take(MARK)
+    yield
+    more = census.settle(MARK, before)
+    assert not more, f"left behind by the tests: {more}"
+
+
+@pytest.fixture
+def short_tmp() -> Iterator[Path]:
+    """A fresh directory with a short path on the same file system as /tmp; removed afterwards."""
+    import shutil
+    import tempfile
+
+    path = Path(tempfile.mkdtemp(prefix="ambi-", dir="/tmp"))
+    yield path
+    shutil.rmtree(path, ignore_errors=True)
+    assert not path.exists() or not any(path.iterdir()), f"{path} could not be removed"
+
+
+@pytest.fixture(scope="session")
+def busybox_tar(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small root file system, as a tar: static busybox with its links, a few users, and nothing else."""
+    from tests.rootfs import busybox_tar as build
+
+    return build(tmp_path_factory.mktemp("busybox") / "busybox.tar")
+
+
+@pytest.fixture
+def new_engine(short_tmp: Path) -> Iterator[Callable[..., object]]:
+    """A factory of real engines with private roots; all are stopped and checked afterwards (see tests/harness.py)."""
+    from tests.harness import EngineUnderTest
+
+    engines: list[EngineUnderTest] = []
+
+    def make(**options: str) -> EngineUnderTest:
+        engine = EngineUnderTest(short_tmp / f"e{len(engines)}", **options)
+        engines.append(engine)
+        engine.start()
+        return engine
+
+    yield make
+    for engine in engines:
+        engine.destroy()

@@ -1,0 +1,73 @@
+"""What a test can need of the machine. Each function answers None when it is met, else why not."""
+
+from __future__ import annotations
+
+import functools
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def _program(name: str, package: str) -> Callable[[], str | None]:
+    def need() -> str | None:
+        path = os.environ.get("PATH", "") + ":/usr/local/sbin:/usr/sbin:/sbin"
+        return None if shutil.which(name, path=path) else f"{name} is not installed (Debian package {package})"
+
+    return need
+
+
+def _root() -> str | None:
+    return None if os.geteuid() == 0 else "not root"
+
+
+@functools.cache
+def _kvm() -> str | None:
+    from hyper.probe import probe_kvm
+
+    return probe_kvm().problem
+
+
+@functools.cache
+def _guest() -> str | None:
+    missing = _program("qemu-system-x86_64", "qemu-system-x86")()
+    if missing:
+        return missing
+    from tests.harness import guest_dir
+
+    try:
+        guest_dir()
+    except Exception as error:  # whatever it was, it is the reason
+        return f"no guest kernel: {error}"
+    return None
+
+
+def _cgroup_v2() -> str | None:
+    return None if Path("/sys/fs/cgroup/cgroup.controllers").exists() else "cgroup v2 is not the only hierarchy"
+
+
+def _cgroup_v1() -> str | None:
+    return None if Path("/sys/fs/cgroup/memory").exists() else "no cgroup v1 controllers"
+
+
+NEEDS: dict[str, Callable[[], str | None]] = {
+    "root": _root,
+    "qemu": _guest,
+    "kvm": _kvm,
+    "cgroup-v1": _cgroup_v1,
+    "cgroup-v2": _cgroup_v2,
+    "docker": _program("docker", "docker.io"),
+    "dockerd": _program("dockerd", "docker.io"),
+    "runc": _program("runc", "runc"),
+    "skopeo": _program("skopeo", "skopeo"),
+    "podman": _program("podman", "podman"),
+    "strace": _program("strace", "strace"),
+    "gcc": _program("gcc", "gcc"),
+}
+
+
+def machine_kind() -> str:
+    """`kvm-lab` inside scripts/kvm-lab, `kvm` where KVM runs Linux, else `tcg`: the column of allowed_skips.txt."""
+    return os.environ.get("AMBI_TEST_MACHINE") or ("tcg" if _kvm() else "kvm")
