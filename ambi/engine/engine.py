@@ -26,6 +26,7 @@ from ambi.engine.types import (
 )
 
 Filters = Mapping[str, list[str]]  # {"label": ["a=b"], ...}: the API brings both JSON shapes to this one
+InstanceList = list[Instance]
 
 
 class WaitTicket:
@@ -76,7 +77,7 @@ class Engine:
 
     def list(
         self, all: bool, filters: Filters, limit: int = 0, before: str | None = None, since: str | None = None
-    ) -> list[Instance]:
+    ) -> InstanceList:
         """Newest first. Raises InvalidRequest for an unknown filter."""
         raise NotImplementedError
 
@@ -105,7 +106,7 @@ class Engine:
         """Raises Conflict when it runs and `force` is not set."""
         raise NotImplementedError
 
-    def prune(self, filters: Filters) -> tuple[list[InstanceId], int]:
+    def prune(self, filters: Filters) -> tuple[tuple[InstanceId, ...], int]:
         """Remove every instance that does not run; returns their ids and the bytes freed."""
         raise NotImplementedError
 
@@ -159,7 +160,7 @@ class Engine:
     def exec_resize(self, exec_id: str, rows: int, columns: int) -> None:
         raise NotImplementedError
 
-    def top(self, id: str) -> list[dict[str, Any]]:
+    def top(self, id: str) -> tuple[dict[str, Any], ...]:
         """The shape of `ambi.core.driver.Created.processes`. Raises Conflict when it does not run."""
         raise NotImplementedError
 
@@ -174,5 +175,5 @@ class Engine:
     def info(self) -> EngineInfo:
         raise NotImplementedError
 
-    def doctor(self) -> list[Check]:
+    def doctor(self) -> tuple[Check, ...]:
         raise NotImplementedError
