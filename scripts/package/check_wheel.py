@@ -39,9 +39,8 @@ def main() -> None:
         for package in ("images", "runtime", "hyper", "ambi"):
             (traps / package).mkdir(parents=True)
             (traps / package / "__init__.py").write_text("raise SystemExit('imported from the current directory')\n")
-        environment |= {
-            "AMBI_DATA_ROOT": str(work / "data"), "AMBI_RUN_ROOT": str(work / "run"), "AMBI_SOCKET": str(work / "run/ambi.sock"),
-        }  # fmt: skip
+        environment |= {"AMBI_DATA_ROOT": str(work / "data"), "AMBI_RUN_ROOT": str(work / "run")}
+        environment["AMBI_SOCKET"] = str(work / "run/ambi.sock")
         ambi = work / "venv/bin/ambi"
         tar = busybox_tar(work / "busybox.tar")
         run([ambi, "image", "import", tar, "busybox"], traps, environment)
