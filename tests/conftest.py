@@ -121,3 +121,9 @@ def new_engine(short_tmp: Path) -> Iterator[Callable[..., object]]:
     yield make
     for engine in engines:
         engine.destroy()
+
+
+@pytest.fixture(params=["container", pytest.param("vm", marks=pytest.mark.needs("qemu"))])
+def isolation(request: pytest.FixtureRequest) -> str:
+    """Both kinds, for promises that are the same."""
+    return str(request.param)
