@@ -162,8 +162,8 @@ class StateDb:
 
     def set_state(self, instance: str, state: State, boot_id: str) -> None:
         self._write(
-            "UPDATE instances SET status=?, pid=?, exit_code=?, error=?, oom_killed=?, started_ns=?, finished_ns=?, boot_id=?"
-            " WHERE id=?",
+            "UPDATE instances SET status=?, pid=?, exit_code=?, error=?, oom_killed=?, started_ns=?, finished_ns=?,"
+            " boot_id=? WHERE id=?",
             (
                 state.status.value, state.pid, state.exit_code, state.error, int(state.oom_killed), state.started_ns,
                 state.finished_ns, boot_id, instance,

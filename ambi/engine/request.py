@@ -1,0 +1,184 @@
+"""What a client asks for, checked and completed from the image. What is not supported is refused by the flag's name."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from ambi.core.errors import InvalidRequest
+from ambi.core.model import Isolation
+from ambi.engine.body import Body
+from ambi.engine.types import CreateSpec
+
+RUNTIMES = {"": Isolation.CONTAINER, "container": Isolation.CONTAINER, "runc": Isolation.CONTAINER, "vm": Isolation.VM}
+LOCAL_NETWORKS = ("", "default", "bridge", "none")  # in all of them an instance has `lo` alone, until networks arrive
+
+# Fields that work, for both kinds unless _CONTAINER_ONLY has them; everything else must be neutral.
+_SUPPORTED = frozenset(
+    "AutoRemove Binds CapAdd CapDrop CgroupnsMode ConsoleSize ContainerIDFile CpuPeriod CpuQuota CpuShares CpusetCpus"
+    " CpusetMems Devices Dns DnsOptions DnsSearch ExtraHosts GroupAdd Init IpcMode LogConfig MaskedPaths Memory"
+    " MemoryReservation MemorySwap MemorySwappiness Mounts NanoCpus NetworkMode OomScoreAdj PidMode PidsLimit Privileged"
+    " ReadonlyPaths ReadonlyRootfs RestartPolicy Runtime SecurityOpt ShmSize Sysctls Tmpfs Ulimits UTSMode".split()
+)
+# Fields that do not work, and Docker's flag for each.
+_REFUSED = {
+    "Annotations": "--annotation",
+    "BlkioDeviceReadBps": "--device-read-bps",
+    "BlkioDeviceReadIOps": "--device-read-iops",
+    "BlkioDeviceWriteBps": "--device-write-bps",
+    "BlkioDeviceWriteIOps": "--device-write-iops",
+    "BlkioWeight": "--blkio-weight",
+    "BlkioWeightDevice": "--blkio-weight-device",
+    "Cgroup": "HostConfig.Cgroup",
+    "CgroupParent": "--cgroup-parent",
+    "CpuRealtimePeriod": "--cpu-rt-period",
+    "CpuRealtimeRuntime": "--cpu-rt-runtime",
+    "DeviceCgroupRules": "--device-cgroup-rule",
+    "DeviceRequests": "--gpus",
+    "KernelMemory": "--kernel-memory",
+    "KernelMemoryTCP": "HostConfig.KernelMemoryTCP",
+    "Links": "--link",
+    "OomKillDisable": "--oom-kill-disable",
+    "PortBindings": "--publish",
+    "PublishAllPorts": "--publish-all",
+    "StorageOpt": "--storage-opt",
+    "UsernsMode": "--userns",
+    "VolumeDriver": "--volume-driver",
+    "VolumesFrom": "--volumes-from",
+}
+_CONTAINER_ONLY = {
+    "CpuShares": "--cpu-shares",
+    "CpusetCpus": "--cpuset-cpus",
+    "CpusetMems": "--cpuset-mems",
+    "Devices": "--device",
+    "MemoryReservation": "--memory-reservation",
+}
+_NEUTRAL: dict[str, tuple[Any, ...]] = {"MemorySwappiness": (-1,), "VolumeDriver": ("local",), "Isolation": ("default",)}
+
+
+def isolation_of(host: Body) -> Isolation:
+    """What HostConfig.Runtime asks for."""
+    name = host.text("Runtime")
+    if name not in RUNTIMES:
+        raise InvalidRequest(f"unknown or invalid runtime name: {name}", hint="--runtime takes `container` or `vm`")
+    return RUNTIMES[name]
+
+
+def check(spec: CreateSpec) -> list[str]:
+    """Refuse what does not work. Returns warnings."""
+    config, host = Body("Config", spec.config), Body("HostConfig", spec.host)
+    isolation = isolation_of(host)
+    for key, value in host.data.items():
+        if not value or value in _NEUTRAL.get(key, ()) or _empty(value):
+            continue
+        if key not in _SUPPORTED:
+            raise InvalidRequest(f"{_REFUSED.get(key, f'HostConfig.{key}')} is not supported yet")
+        if isolation is Isolation.VM and key in _CONTAINER_ONLY:
+            raise InvalidRequest(f"{_CONTAINER_ONLY[key]} is not supported for a VM")
+    _check_restart(host)
+    _check_modes(host, isolation)
+    _check_config(config)
+    return _check_network(host, Body("NetworkingConfig", spec.networking), isolation)
+
+
+def _empty(value: Any) -> bool:
+    """Whether an object or list has nothing but neutral values in it, as `[0, 0]` or `{"Name": ""}`."""
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]
+    return not any(items)
+
+
+def _check_restart(host: Body) -> None:
+    policy = host.object("RestartPolicy").text("Name")
+    if policy not in ("", "no", "always", "unless-stopped", "on-failure"):
+        raise InvalidRequest(f"invalid restart policy '{policy}'")
+    if policy not in ("", "no"):
+        raise InvalidRequest(f"--restart {policy} is not supported yet", hint="leave --restart out")
+
+
+def _check_modes(host: Body, isolation: Isolation) -> None:
+    flags = {"IpcMode": "--ipc", "PidMode": "--pid", "UTSMode": "--uts", "CgroupnsMode": "--cgroupns"}
+    for key, flag in flags.items():
+        mode = host.text(key)
+        allowed = ("", "private") if key == "CgroupnsMode" else ("", "private", "host")
+        if mode not in allowed and not (key == "IpcMode" and mode == "none"):
+            raise InvalidRequest(f"{flag} {mode} is not supported yet")
+        if mode == "host" and isolation is Isolation.VM:
+            raise InvalidRequest(f"{flag} host is not possible for a VM: it has a kernel of its own")
+
+
+def _check_network(host: Body, networking: Body, isolation: Isolation) -> list[str]:
+    mode = host.text("NetworkMode")
+    if mode == "host":
+        if isolation is Isolation.VM:
+            raise InvalidRequest(
+                "--network host is not possible for a VM: it has a network stack of its own", hint="use --network none"
+            )
+    elif mode not in LOCAL_NETWORKS:
+        raise InvalidRequest(f"--network {mode} is not supported yet", hint="use --network none or --network host")
+    for name, endpoint in networking.object("EndpointsConfig").data.items():
+        if name not in LOCAL_NETWORKS + ("host",) or (endpoint and not _empty(endpoint)):
+            raise InvalidRequest(f"settings of network {name} are not supported yet")
+    if mode in ("none", "host"):
+        return []
+    return ["There are no networks yet: the instance has only its loopback interface, as with --network none."]
+
+
+def _check_config(config: Body) -> None:
+    if config.text("MacAddress"):
+        raise InvalidRequest("--mac-address is not supported yet")
+    for path in config.object("Volumes").data:
+        raise InvalidRequest(f"--volume {path}: anonymous volumes are not supported yet", hint=f"use --tmpfs {path}")
+    test = config.object("Healthcheck").strings("Test")
+    if test and test != ["NONE"]:
+        raise InvalidRequest("--health-cmd is not supported yet")
+    if config.number("StopTimeout") < -1:
+        raise InvalidRequest("--stop-timeout must not be negative")
+    for item in config.strings("Env"):
+        if not item or item.startswith("="):
+            raise InvalidRequest(f"invalid environment variable: {item}")
+
+
+def complete(spec: CreateSpec, image: dict[str, Any], instance: str) -> CreateSpec:
+    """`spec` with what Docker fills in from the image's config (`image`, the `config` member) and the instance's id.
+
+    Volumes and health checks that the image declares are left out: their paths are part of the instance's own root.
+    """
+    config, host = Body("Config", spec.config), Body("HostConfig", spec.host)
+    base = Body("image config", image)
+    merged = dict(config.data)
+    entrypoint, command = config.strings("Entrypoint"), config.strings("Cmd")
+    if not entrypoint:
+        command = command or base.strings("Cmd")
+        if config.data.get("Entrypoint") is None:
+            entrypoint = base.strings("Entrypoint")
+    if entrypoint == [""]:
+        entrypoint = []
+    if not entrypoint and not command:
+        raise InvalidRequest("no command specified", hint="give a command after the image's name")
+    merged["Entrypoint"], merged["Cmd"] = entrypoint or None, command or None
+    for key in ("User", "WorkingDir", "StopSignal"):
+        value = config.text(key) or base.text(key)
+        if value or key in merged:
+            merged[key] = value
+    merged["Env"] = merge_env(config.strings("Env"), base.strings("Env"))
+    merged["Labels"] = {**base.texts("Labels"), **config.texts("Labels")}
+    ports = {**base.object("ExposedPorts").data, **config.object("ExposedPorts").data}
+    if ports:
+        merged["ExposedPorts"] = ports
+    if not config.text("Hostname"):
+        shared = host.text("NetworkMode") == "host" or host.text("UTSMode") == "host"
+        merged["Hostname"] = os.uname().nodename if shared else instance[:12]
+    if merged.get("WorkingDir") and not merged["WorkingDir"].startswith("/"):
+        raise InvalidRequest(f"the working directory '{merged['WorkingDir']}' is invalid, it needs to be an absolute path")
+    return CreateSpec(merged, host.data, spec.networking or {})
+
+
+def merge_env(own: list[str], base: list[str]) -> list[str]:
+    """`own`, then what `base` has and `own` does not, by name."""
+    names = {item.partition("=")[0] for item in own}
+    return own + [item for item in base if item.partition("=")[0] not in names]
+
+
+def argv_of(config: dict[str, Any]) -> tuple[str, ...]:
+    """What runs, of a completed config."""
+    return tuple((config.get("Entrypoint") or []) + (config.get("Cmd") or []))
