@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import os
 import shutil
 import signal
@@ -67,11 +68,53 @@ class EngineUnderTest:
     def output(self) -> str:
         return (self.base / "engine.out").read_text(errors="replace")
 
+    @property
+    def pid(self) -> int | None:
+        """The engine of these roots, whoever started it; None when none runs."""
+        try:
+            pid = int((self.run / "engine.lock").read_text().split()[0])
+            os.kill(pid, 0)
+        except (OSError, ValueError, IndexError):
+            return None
+        return pid
+
     def kill(self) -> None:
         """kill -9 of the engine, and nothing else."""
-        assert self.process is not None
-        self.process.send_signal(signal.SIGKILL)
-        self.process.wait()
+        pid = self.pid
+        assert pid is not None
+        os.kill(pid, signal.SIGKILL)
+        self._wait_gone(pid, 10)
+
+    def _wait_gone(self, pid: int, seconds: float) -> bool:
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            if self.process is not None and self.process.pid == pid and self.process.poll() is not None:
+                return True
+            try:
+                os.kill(pid, 0)
+            except ProcessLookupError:
+                return True
+            time.sleep(0.05)
+        return False
+
+    def shims(self) -> dict[str, int]:
+        """Instance id to pid of its shim."""
+        found = {}
+        for path in self.run.glob("instances/*/shim.json"):
+            try:
+                found[path.parent.name] = int(json.loads(path.read_text())["pid"])
+            except (OSError, ValueError, KeyError):
+                continue
+        return found
+
+    def zygote(self) -> int:
+        """Pid of the zygote: the process of these roots that is neither engine nor shim nor below one."""
+        shims = set(self.shims().values())
+        for pid in self._leftover():
+            command = Path(f"/proc/{pid}/cmdline").read_bytes()
+            if b"zygote" in command and pid not in shims:
+                return pid
+        raise AssertionError("no zygote")
 
     def docker(self, *args: str, **options: object) -> subprocess.CompletedProcess[bytes]:
         """Run the real docker CLI against this engine."""
@@ -99,16 +142,16 @@ class EngineUnderTest:
 
     def destroy(self) -> None:
         """Remove every instance, end engine and zygote, and make sure that no process of these roots is left."""
-        if self.process is not None and self.process.poll() is None:
+        pid = self.pid
+        if pid is not None:
             listed = self.docker("ps", "-aq").stdout.decode().split()
             if listed:
                 self.docker("rm", "-f", *listed)
-            self.process.terminate()
-            try:
-                self.process.wait(20)
-            except subprocess.TimeoutExpired:
-                self.process.kill()
-                self.process.wait()
+            os.kill(pid, signal.SIGTERM)
+            if not self._wait_gone(pid, 20):
+                os.kill(pid, signal.SIGKILL)
+        if self.process is not None:
+            self.process.wait()
         for pid in self._leftover():
             os.kill(pid, signal.SIGKILL)
         shutil.rmtree(self.base, ignore_errors=True)
