@@ -1,0 +1,182 @@
+"""`/images`: what the store holds, and the ways in."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, Any
+
+from ambi.api import image_shapes as shapes
+from ambi.api.exchange import Call, Reply, json_reply
+from ambi.api.progress import ProgressStream
+from ambi.api.query import Filters, one_flag
+from ambi.api.router import Route
+from ambi.core.errors import InvalidRequest, Unsupported
+
+if TYPE_CHECKING:
+    from images.store import Image
+
+_LIST_FILTERS = frozenset(("before", "dangling", "label", "reference", "since", "until"))
+_PRUNE_FILTERS = frozenset(("dangling", "label", "label!", "until"))
+_BUFFER_BYTES = 1 << 20
+_LOCAL_PLATFORMS = ("", "linux", "linux/amd64", "linux/x86_64")
+
+
+def list_images(call: Call) -> Reply:
+    filters = call.query.filters(_LIST_FILTERS)
+    fits = _filter(call, filters)
+    found = sorted(filter(fits, call.engine.images.list()), key=lambda image: -image.created_ns)
+    return json_reply([shapes.summary(_shown(image, filters), call.version, -1) for image in found])
+
+
+def _filter(call: Call, filters: Filters) -> Callable[[Image], bool]:
+    """Whether an image passes every filter; of one filter's values one must hold, of labels every one."""
+    tests: list[Callable[[Image], bool]] = []
+    if "dangling" in filters:
+        dangling = one_flag("dangling", filters["dangling"])
+        tests.append(lambda image: (not image.names) is dangling)
+    for wanted in filters.get("label", ()):
+        tests.append(lambda image, wanted=wanted: has_label(shapes.labels(image), wanted))  # type: ignore[misc]
+    if filters.get("reference"):
+        tests.append(lambda image: any(_matches(name, filters["reference"]) for name in image.names))
+    for name in filters.get("before", ()):
+        before_ns = call.engine.images.resolve(name).created_ns
+        tests.append(lambda image, limit=before_ns: image.created_ns < limit)  # type: ignore[misc]
+    for name in filters.get("since", ()):
+        since_ns = call.engine.images.resolve(name).created_ns
+        tests.append(lambda image, limit=since_ns: image.created_ns > limit)  # type: ignore[misc]
+    for text in filters.get("until", ()):
+        until_ns = _until_ns(text)
+        tests.append(lambda image, limit=until_ns: image.created_ns <= limit)  # type: ignore[misc]
+    return lambda image: all(test(image) for test in tests)
+
+
+def has_label(labels: dict[str, str], wanted: str) -> bool:
+    name, equals, value = wanted.partition("=")
+    return name in labels and (not equals or labels[name] == value)
+
+
+def _matches(name: str, patterns: list[str]) -> bool:
+    """A pattern fits the whole of `repository:tag`, the repository, or its last parts, as Docker's does."""
+    repository = name.rpartition(":")[0] or name
+    return any(fnmatchcase(text, pattern) for pattern in patterns for text in (name, repository))
+
+
+def _until_ns(text: str) -> int:
+    seconds, _, fraction = text.partition(".")
+    if not seconds.isdecimal() or (fraction and not fraction.isdecimal()):
+        raise InvalidRequest(f"invalid filter 'until={text}'", hint="use seconds since 1970")
+    return int(seconds) * 1_000_000_000 + int(fraction[:9].ljust(9, "0") or 0)
+
+
+def _shown(image: Image, filters: Filters) -> Image:
+    """With a filter by reference only the names that fit are listed."""
+    patterns = filters.get("reference")
+    if not patterns:
+        return image
+    return image._replace(names=tuple(name for name in image.names if _matches(name, patterns)))
+
+
+def inspect(call: Call) -> Reply:
+    return json_reply(shapes.inspect(call.engine.images.resolve(call.name), call.version))
+
+
+def create(call: Call) -> None:
+    """Import (`fromSrc=-`); pulling is not there yet."""
+    query = call.query
+    source = query.text("fromSrc")
+    if not source:
+        wanted = query.text("fromImage")
+        raise Unsupported(
+            f"cannot pull {wanted or 'an image'}: registries are not available yet",
+            hint="load or import an image: `ambi image load -i FILE`, `ambi image import FILE NAME`",
+        )
+    if source != "-":
+        raise Unsupported(f"cannot import from {source}: only an uploaded archive can be imported", hint="use - and stdin")
+    if query.text("platform") not in _LOCAL_PLATFORMS:
+        raise Unsupported(f"platform {query.text('platform')} cannot run here", hint="leave --platform away")
+    with ProgressStream(call) as progress:
+        image = call.engine.images.import_tar(
+            _upload(call),
+            _full_name(query.text("repo"), query.text("tag")),
+            changes=query.all("changes"),
+            message=query.text("message"),
+            progress=progress,
+        )
+        progress.line({"status": image.id})
+
+
+def load(call: Call) -> None:
+    with ProgressStream(call, quiet=call.query.flag("quiet")) as progress:
+        for image in call.engine.images.load(_upload(call), progress=progress):
+            for name in image.names:
+                progress.line({"stream": f"Loaded image: {name}\n"})
+            if not image.names:
+                progress.line({"stream": f"Loaded image ID: {image.id}\n"})
+
+
+def _upload(call: Call) -> io.BufferedReader:
+    return io.BufferedReader(call.request.body, _BUFFER_BYTES)
+
+
+def _full_name(repository: str, tag: str) -> str:
+    """`repo` and `tag` as one reference; a tag that is a digest is joined with @."""
+    if not tag or not repository:
+        return repository
+    return f"{repository}@{tag}" if ":" in tag else f"{repository}:{tag}"
+
+
+def tag(call: Call) -> Reply:
+    repository = call.query.text("repo")
+    if not repository:
+        raise InvalidRequest("repo must be the new name of the image", hint="for example repo=team/app&tag=1.0")
+    images = call.engine.images
+    images.tag(images.resolve(call.name), _full_name(repository, call.query.text("tag")))
+    return Reply(201)
+
+
+def remove(call: Call) -> Reply:
+    query = call.query
+    removed = call.engine.images.remove(call.name, force=query.flag("force"), prune=not query.flag("noprune"))
+    return json_reply([{"Untagged": item.name} if item.name else {"Deleted": item.id} for item in removed])
+
+
+def history(call: Call) -> Reply:
+    images = call.engine.images
+    rows: list[dict[str, Any]] = []
+    for step in images.history(images.resolve(call.name)):
+        rows.append({
+            "Comment": step.comment,
+            "Created": step.created_ns // 1_000_000_000,
+            "CreatedBy": step.created_by,
+            "Id": step.id or "<missing>",
+            "Size": step.size_bytes,
+            "Tags": list(step.names) or None,
+        })  # fmt: skip
+    return json_reply(rows)
+
+
+def refuse_registry(call: Call) -> Reply:
+    raise Unsupported(
+        "registries are not available yet", hint="load or import an image: `ambi image load`, `ambi image import`"
+    )
+
+
+def refuse_save(call: Call) -> Reply:
+    raise Unsupported("saving images is not available yet", hint="keep the archive that the image was loaded from")
+
+
+ROUTES = (
+    Route("GET", "/images/json", list_images),
+    Route("POST", "/images/create", create),
+    Route("POST", "/images/load", load),
+    Route("GET", "/images/search", refuse_registry),
+    Route("GET", "/images/get", refuse_save),
+    Route("GET", "/images/{}/get", refuse_save),
+    Route("GET", "/images/{}/json", inspect),
+    Route("GET", "/images/{}/history", history),
+    Route("POST", "/images/{}/tag", tag),
+    Route("POST", "/images/{}/push", refuse_registry),
+    Route("DELETE", "/images/{}", remove),
+)

@@ -1,0 +1,221 @@
+"""An instance as Docker's JSON: one row of the list, and the whole of inspect.
+
+Clients compare these to the letter: what the caller gave comes back verbatim, and what it did not give is null, `[]` or
+`{}` exactly where Docker has it so.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from ambi.api.networks import network_id
+from ambi.api.words import human_duration, rfc3339_nano
+from ambi.core.model import Status
+from ambi.engine.types import Instance
+
+_ENDPOINT: dict[str, Any] = {
+    "IPAMConfig": None, "Links": None, "Aliases": None, "MacAddress": "", "NetworkID": "", "EndpointID": "", "Gateway": "",
+    "IPAddress": "", "IPPrefixLen": 0, "IPv6Gateway": "", "GlobalIPv6Address": "", "GlobalIPv6PrefixLen": 0,
+    "DriverOpts": None, "DNSNames": None,
+}  # fmt: skip
+
+_CONFIG: dict[str, Any] = {
+    "Hostname": "", "Domainname": "", "User": "", "AttachStdin": False, "AttachStdout": False, "AttachStderr": False,
+    "Tty": False, "OpenStdin": False, "StdinOnce": False, "Env": [], "Cmd": None, "Image": "", "Volumes": None,
+    "WorkingDir": "", "Entrypoint": None, "OnBuild": None, "Labels": {},
+}  # fmt: skip
+_CONFIG_IF_SET = (
+    "ExposedPorts", "Healthcheck", "ArgsEscaped", "NetworkDisabled", "MacAddress", "StopSignal", "StopTimeout", "Shell",
+)  # fmt: skip
+
+_HOST: dict[str, Any] = {
+    "Binds": None, "ContainerIDFile": "", "LogConfig": {"Type": "json-file", "Config": {}}, "NetworkMode": "default",
+    "PortBindings": {}, "RestartPolicy": {"Name": "no", "MaximumRetryCount": 0}, "AutoRemove": False, "VolumeDriver": "",
+    "VolumesFrom": None, "ConsoleSize": [0, 0], "CapAdd": None, "CapDrop": None, "CgroupnsMode": "private", "Dns": [],
+    "DnsOptions": [], "DnsSearch": [], "ExtraHosts": None, "GroupAdd": None, "IpcMode": "private", "Cgroup": "",
+    "Links": None, "OomScoreAdj": 0, "PidMode": "", "Privileged": False, "PublishAllPorts": False, "ReadonlyRootfs": False,
+    "SecurityOpt": None, "UTSMode": "", "UsernsMode": "", "ShmSize": 64 << 20, "Runtime": "", "Isolation": "",
+    "CpuShares": 0, "Memory": 0, "NanoCpus": 0, "CgroupParent": "", "BlkioWeight": 0, "BlkioWeightDevice": [],
+    "BlkioDeviceReadBps": [], "BlkioDeviceWriteBps": [], "BlkioDeviceReadIOps": [], "BlkioDeviceWriteIOps": [],
+    "CpuPeriod": 0, "CpuQuota": 0, "CpuRealtimePeriod": 0, "CpuRealtimeRuntime": 0, "CpusetCpus": "", "CpusetMems": "",
+    "Devices": [], "DeviceCgroupRules": None, "DeviceRequests": None, "MemoryReservation": 0, "MemorySwap": 0,
+    "MemorySwappiness": None, "OomKillDisable": None, "PidsLimit": None, "Ulimits": [], "CpuCount": 0, "CpuPercent": 0,
+    "IOMaximumIOps": 0, "IOMaximumBandwidth": 0,
+}  # fmt: skip
+
+_MASKED = [
+    "/proc/asound", "/proc/acpi", "/proc/kcore", "/proc/keys", "/proc/latency_stats", "/proc/timer_list",
+    "/proc/timer_stats", "/proc/sched_debug", "/proc/scsi", "/sys/firmware", "/sys/devices/virtual/powercap",
+]  # fmt: skip
+_READONLY = ["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"]
+
+
+def summary(instance: Instance) -> dict[str, Any]:
+    """A row of `/containers/json`."""
+    config = instance.spec.config
+    return {
+        "Id": instance.id,
+        "Names": [f"/{instance.name}"],
+        "Image": instance.image,
+        "ImageID": instance.image_id,
+        "Command": command_line(instance.argv),
+        "Created": instance.created_ns // 1_000_000_000,
+        "Ports": [],
+        "Labels": config.get("Labels") or {},
+        "State": instance.state.status.value,
+        "Status": status_text(instance),
+        "HostConfig": {"NetworkMode": instance.spec.host.get("NetworkMode") or "default"},
+        "NetworkSettings": {"Networks": _networks(instance)},
+        "Mounts": mounts(instance),
+    }
+
+
+def command_line(argv: tuple[str, ...]) -> str:
+    """The program and its arguments in one line; arguments with blanks are quoted, as docker ps shows them."""
+    return " ".join([*argv[:1], *(f"'{arg}'" if " " in arg else arg for arg in argv[1:])])
+
+
+def status_text(instance: Instance) -> str:
+    state = instance.state
+    now = time.time()
+    since_start = human_duration(now - state.started_ns / 1e9)
+    since_end = human_duration(now - state.finished_ns / 1e9)
+    match state.status:
+        case Status.RUNNING:
+            return f"Up {since_start}"
+        case Status.PAUSED:
+            return f"Up {since_start} (Paused)"
+        case Status.RESTARTING:
+            return f"Restarting ({state.exit_code}) {since_end} ago"
+        case Status.REMOVING:
+            return "Removal In Progress"
+        case Status.DEAD:
+            return "Dead"
+        case Status.CREATED:
+            return "Created"
+        case _:
+            return f"Exited ({state.exit_code}) {since_end} ago"
+
+
+def inspect(instance: Instance, version: tuple[int, int]) -> dict[str, Any]:
+    """The answer of `/containers/ID/json`, but for the sizes."""
+    argv = instance.argv
+    files = instance.data_dir / "files"
+    return {
+        "Id": instance.id,
+        "Created": rfc3339_nano(instance.created_ns),
+        "Path": argv[0] if argv else "",
+        "Args": list(argv[1:]),
+        "State": _state(instance),
+        "Image": instance.image_id,
+        "ResolvConfPath": str(files / "resolv.conf"),
+        "HostnamePath": str(files / "hostname"),
+        "HostsPath": str(files / "hosts"),
+        "LogPath": str(instance.log_path or ""),
+        "Name": f"/{instance.name}",
+        "RestartCount": instance.restart_count,
+        "Driver": "ambi",
+        "Platform": "linux",
+        "MountLabel": "",
+        "ProcessLabel": "",
+        "AppArmorProfile": "",
+        "ExecIDs": list(instance.exec_ids) or None,
+        "HostConfig": host_config(instance),
+        "GraphDriver": {"Name": "ambi", "Data": {"UpperDir": str(instance.data_dir / "upper")}},
+        "Mounts": mounts(instance),
+        "Config": config(instance),
+        "NetworkSettings": _network_settings(instance),
+    }
+
+
+def _state(instance: Instance) -> dict[str, Any]:
+    state = instance.state
+    return {
+        "Status": state.status.value,
+        "Running": state.running,
+        "Paused": state.status is Status.PAUSED,
+        "Restarting": state.status is Status.RESTARTING,
+        "OOMKilled": state.oom_killed,
+        "Dead": state.status is Status.DEAD,
+        "Pid": state.pid,
+        "ExitCode": state.exit_code,
+        "Error": state.error,
+        "StartedAt": rfc3339_nano(state.started_ns),
+        "FinishedAt": rfc3339_nano(state.finished_ns),
+    }
+
+
+def host_config(instance: Instance) -> dict[str, Any]:
+    given = instance.spec.host
+    host = {**_HOST, **{name: value for name, value in given.items() if value is not None or name not in _HOST}}
+    host["Runtime"] = host["Runtime"] or instance.isolation.value
+    if not host["LogConfig"].get("Type"):
+        host["LogConfig"] = {"Type": "json-file", "Config": host["LogConfig"].get("Config") or {}}
+    for name, paths in (("MaskedPaths", _MASKED), ("ReadonlyPaths", _READONLY)):
+        if host.get(name) is None:
+            host[name] = None if host["Privileged"] else paths
+    return host
+
+
+def config(instance: Instance) -> dict[str, Any]:
+    given = instance.spec.config
+    shown = {name: default if given.get(name) is None else given[name] for name, default in _CONFIG.items()}
+    shown["Image"] = instance.image
+    shown.update({name: given[name] for name in _CONFIG_IF_SET if given.get(name)})
+    return shown
+
+
+def mounts(instance: Instance) -> list[dict[str, Any]]:
+    """Bind mounts and the tmpfs mounts of `--mount`, as MountPoint objects; `--tmpfs` shows in HostConfig alone."""
+    found = []
+    for bind in instance.spec.host.get("Binds") or []:
+        source, _, rest = bind.partition(":")
+        target, _, mode = rest.partition(":")
+        found.append(_mount_point("bind", source, target, mode))
+    for mount in instance.spec.host.get("Mounts") or []:
+        mode = "ro" if mount.get("ReadOnly") else ""
+        point = _mount_point(mount.get("Type", ""), mount.get("Source", ""), mount.get("Target", ""), mode)
+        found.append({**point, "Mode": ""})
+    return found
+
+
+def _mount_point(kind: str, source: str, target: str, mode: str) -> dict[str, Any]:
+    options = mode.split(",")
+    spread = [option for option in options if option.removeprefix("r") in ("private", "shared", "slave")]
+    return {
+        "Type": kind,
+        "Source": source,
+        "Destination": target,
+        "Mode": mode,
+        "RW": "ro" not in options,
+        "Propagation": spread[0] if spread else "rprivate" if kind == "bind" else "",
+    }
+
+
+def _networks(instance: Instance) -> dict[str, Any]:
+    mode = "host" if instance.spec.host.get("NetworkMode") == "host" else "none"
+    return {mode: {**_ENDPOINT, "NetworkID": network_id(mode)}}
+
+
+def _network_settings(instance: Instance) -> dict[str, Any]:
+    return {
+        "Bridge": "",
+        "SandboxID": "",
+        "SandboxKey": "",
+        "Ports": {},
+        "HairpinMode": False,
+        "LinkLocalIPv6Address": "",
+        "LinkLocalIPv6PrefixLen": 0,
+        "SecondaryIPAddresses": None,
+        "SecondaryIPv6Addresses": None,
+        "EndpointID": "",
+        "Gateway": "",
+        "GlobalIPv6Address": "",
+        "GlobalIPv6PrefixLen": 0,
+        "IPAddress": "",
+        "IPPrefixLen": 0,
+        "IPv6Gateway": "",
+        "MacAddress": "",
+        "Networks": _networks(instance),
+    }

@@ -1,0 +1,68 @@
+"""`/ambi`: what Docker's API has no words for. Not versioned; fields are only ever added.
+
+GET  /ambi/engine                                   {version, pid, zygote_pid, started, data_root, run_root, socket, ...}
+POST /ambi/engine/stop                              204; the engine ends, instances run on
+GET  /ambi/doctor                                   [{name, status: ok|warning|problem, detail, hint}]
+POST /ambi/images/bootstrap?suite=&name=&packages=  progress; the last line is {"status": image id}
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+
+from ambi.api.exchange import NO_CONTENT, Call, Reply, json_reply
+from ambi.api.progress import ProgressStream
+from ambi.api.router import Route
+from ambi.api.words import rfc3339_nano
+from ambi.core.errors import InvalidRequest
+
+
+def engine(call: Call) -> Reply:
+    it = call.engine.info()
+    return json_reply({
+        "version": it.version,
+        "pid": it.pid,
+        "zygote_pid": it.zygote_pid,
+        "started": rfc3339_nano(it.started_ns),
+        "data_root": str(it.data_root),
+        "run_root": str(it.run_root),
+        "socket": str(it.socket),
+        "layer_form": it.layer_form[0],
+        "layer_form_reason": it.layer_form[1],
+        "running": it.running,
+        "paused": it.paused,
+        "stopped": it.stopped,
+        "images": it.images,
+    })  # fmt: skip
+
+
+def stop_engine(call: Call) -> None:
+    """SIGTERM to ourselves is the one way to end; the answer leaves before the signal does anything."""
+    call.connection.reply(NO_CONTENT.status, NO_CONTENT.headers, b"")
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def doctor(call: Call) -> Reply:
+    return json_reply([check._asdict() for check in call.engine.doctor()])
+
+
+def bootstrap(call: Call) -> None:
+    query = call.query
+    suite = query.text("suite")
+    if not suite:
+        raise InvalidRequest("suite must name a release", hint="for example suite=bookworm")
+    packages = tuple(package for text in query.all("packages") for package in text.replace(",", " ").split())
+    with ProgressStream(call) as progress:
+        image = call.engine.images.bootstrap(
+            suite, query.text("name") or f"debian:{suite}", packages=packages, progress=progress
+        )
+        progress.line({"status": image.id})
+
+
+ROUTES = (
+    Route("GET", "/ambi/engine", engine),
+    Route("POST", "/ambi/engine/stop", stop_engine),
+    Route("GET", "/ambi/doctor", doctor),
+    Route("POST", "/ambi/images/bootstrap", bootstrap),
+)

@@ -1,0 +1,18 @@
+"""Every route, from the tables of the nouns."""
+
+from __future__ import annotations
+
+from ambi.api import containers, events, images, logs, networks, ours, stats, streams, system
+from ambi.api.router import Router
+
+ROUTER = Router(
+    system.ROUTES,
+    containers.ROUTES,
+    streams.ROUTES,
+    logs.ROUTES,
+    stats.ROUTES,
+    images.ROUTES,
+    events.ROUTES,
+    networks.ROUTES,
+    ours.ROUTES,
+)

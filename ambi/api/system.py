@@ -1,0 +1,147 @@
+"""What the engine says of itself, and the parts of Docker's API that are not here."""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+
+from ambi.api.exchange import API_VERSION, COMMON_HEADERS, MIN_API_VERSION, Call, Reply, json_reply
+from ambi.api.router import Route
+from ambi.api.stats import host_memory_bytes
+from ambi.api.words import rfc3339_nano
+from ambi.core.errors import NotFound, Unavailable, Unsupported
+
+_PING_HEADERS = (
+    *COMMON_HEADERS,
+    ("Builder-Version", "1"),
+    ("Cache-Control", "no-cache, no-store, must-revalidate"),
+    ("Content-Type", "text/plain; charset=utf-8"),
+    ("Pragma", "no-cache"),
+    ("Swarm", "inactive"),
+)
+_PONG = Reply(200, b"OK", _PING_HEADERS)
+
+
+def ping(call: Call) -> Reply:
+    return _PONG
+
+
+def version(call: Call) -> Reply:
+    info, host = call.engine.info(), os.uname()
+    newest, oldest = ("{}.{}".format(*pair) for pair in (API_VERSION, MIN_API_VERSION))
+    common = {"Arch": "amd64", "GitCommit": "", "GoVersion": "", "KernelVersion": host.release, "Os": "linux"}
+    details = {"ApiVersion": newest, "MinAPIVersion": oldest, "Python": platform.python_version(), **common}
+    return json_reply({
+        "Platform": {"Name": "ambi"},
+        "Components": [{"Name": "Engine", "Version": info.version, "Details": details}],
+        "Version": info.version,
+        "ApiVersion": newest,
+        "MinAPIVersion": oldest,
+        "BuildTime": "",
+        **common,
+    })  # fmt: skip
+
+
+def info(call: Call) -> Reply:
+    it, host = call.engine.info(), os.uname()
+    form, reason = it.layer_form
+    return json_reply({
+        "ID": it.engine_id,
+        "Containers": it.running + it.paused + it.stopped,
+        "ContainersRunning": it.running,
+        "ContainersPaused": it.paused,
+        "ContainersStopped": it.stopped,
+        "Images": it.images,
+        "Driver": "ambi",
+        "DriverStatus": [["Layers", form], ["Because", reason]],
+        "Plugins": {"Volume": [], "Network": ["host", "null"], "Authorization": None, "Log": ["json-file", "none"]},
+        "MemoryLimit": True, "SwapLimit": True, "CpuCfsPeriod": True, "CpuCfsQuota": True, "CPUShares": True,
+        "CPUSet": True, "PidsLimit": True, "IPv4Forwarding": True, "OomKillDisable": False,
+        "BridgeNfIptables": False, "BridgeNfIp6tables": False,
+        "Debug": False, "NFd": len(os.listdir("/proc/self/fd")), "NGoroutines": 0, "NEventsListener": 0,
+        "SystemTime": rfc3339_nano(time.time_ns()),
+        "LoggingDriver": "json-file",
+        "CgroupDriver": "cgroupfs",
+        "CgroupVersion": str(it.cgroup_version),
+        "KernelVersion": host.release,
+        "OperatingSystem": _operating_system(),
+        "OSVersion": "",
+        "OSType": "linux",
+        "Architecture": host.machine,
+        "IndexServerAddress": "https://index.docker.io/v1/",
+        "RegistryConfig": {
+            "AllowNondistributableArtifactsCIDRs": None, "AllowNondistributableArtifactsHostnames": None,
+            "InsecureRegistryCIDRs": ["127.0.0.0/8"], "IndexConfigs": {}, "Mirrors": [],
+        },
+        "NCPU": os.cpu_count() or 1,
+        "MemTotal": host_memory_bytes(),
+        "GenericResources": None,
+        "DockerRootDir": str(it.data_root),
+        "HttpProxy": "", "HttpsProxy": "", "NoProxy": "",
+        "Name": host.nodename,
+        "Labels": [],
+        "ExperimentalBuild": False,
+        "ServerVersion": it.version,
+        "Runtimes": {"container": {"path": "container"}, "vm": {"path": "vm"}},
+        "DefaultRuntime": "container",
+        "Swarm": {"NodeID": "", "NodeAddr": "", "LocalNodeState": "inactive", "ControlAvailable": False, "Error": "",
+                  "RemoteManagers": None},
+        "LiveRestoreEnabled": True,
+        "Isolation": "",
+        "InitBinary": "ambi-init",
+        "ContainerdCommit": {"ID": "", "Expected": ""},
+        "RuncCommit": {"ID": "", "Expected": ""},
+        "InitCommit": {"ID": "", "Expected": ""},
+        "SecurityOptions": ["name=seccomp,profile=builtin"],
+        "Warnings": None,
+    })  # fmt: skip
+
+
+def _operating_system() -> str:
+    try:
+        return platform.freedesktop_os_release().get("PRETTY_NAME", "Linux")
+    except OSError:
+        return "Linux"
+
+
+def no_plugins(call: Call) -> Reply:
+    return json_reply([])
+
+
+def no_plugin(call: Call) -> Reply:
+    raise NotFound(f'plugin "{call.name}" not found')
+
+
+def no_swarm(call: Call) -> Reply:
+    raise Unavailable("This node is not a swarm manager.", hint="ambi has no swarm mode")
+
+
+def no_login(call: Call) -> Reply:
+    raise Unsupported(
+        "registries are not available yet", hint="load or import an image: `ambi image load`, `ambi image import`"
+    )
+
+
+def no_build(call: Call) -> Reply:
+    raise Unsupported("building is not available yet", hint="build elsewhere, then `docker save IMAGE | ambi image load`")
+
+
+def _swarm_routes() -> tuple[Route, ...]:
+    nouns = ("services", "tasks", "nodes", "secrets", "configs")
+    whole = [Route("GET", f"/{noun}", no_swarm) for noun in (*nouns, "swarm")]
+    return (*whole, *(Route("GET", f"/{noun}/{{}}", no_swarm) for noun in nouns))
+
+
+ROUTES = (
+    Route("GET", "/_ping", ping),
+    Route("GET", "/version", version),
+    Route("GET", "/info", info),
+    Route("POST", "/auth", no_login),
+    Route("GET", "/distribution/{}/json", no_login),
+    Route("POST", "/build", no_build),
+    Route("POST", "/build/prune", no_build),
+    Route("GET", "/plugins", no_plugins),
+    Route("GET", "/plugins/{}/json", no_plugin),
+    *_swarm_routes(),
+)
