@@ -101,9 +101,7 @@ class Body(io.RawIOBase):
     def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
         if self._ended or not len(buffer):
             return 0
-        if self._expects_continue:
-            self._expects_continue = False
-            self._connection.send(b"HTTP/1.1 100 Continue\r\n\r\n")
+        self._ask()
         try:
             if self._chunked and not self._left and not self._next_chunk():
                 return 0
@@ -121,6 +119,7 @@ class Body(io.RawIOBase):
         """The whole body; InvalidRequest when it is longer than `limit` bytes or does not come `by` then."""
         parts = []
         while not self._ended:
+            self._ask()
             self._connection.await_input(by)
             part = self.read(min(limit + 1, 64 << 10))
             parts.append(part or b"")
@@ -128,6 +127,12 @@ class Body(io.RawIOBase):
             if limit < 0:
                 raise self._broken("it is too large")
         return b"".join(parts)
+
+    def _ask(self) -> None:
+        """Tell a client that waits for it that its body is wanted."""
+        if self._expects_continue:
+            self._expects_continue = False
+            self._connection.send(b"HTTP/1.1 100 Continue\r\n\r\n")
 
     def _next_chunk(self) -> bool:
         """Read the next chunk's size into `_left`; False after the last one and its trailers."""
@@ -394,7 +399,9 @@ def _parse_request_line(line: bytes) -> tuple[str, str, tuple[int, int]]:
         raise Malformed(400, "the first line is not METHOD TARGET HTTP/VERSION")
     method, target, version = parts
     if version not in (b"HTTP/1.1", b"HTTP/1.0"):
-        raise Malformed(505 if version.startswith(b"HTTP/") else 400, "only HTTP/1.1 and HTTP/1.0 are spoken here")
+        raise Malformed(
+            505 if version.startswith(b"HTTP/") else 400, "the versions of HTTP that are spoken here are 1.0 and 1.1"
+        )
     if target.startswith((b"http://", b"https://")):  # absolute form: what proxies send
         slash = target.find(b"/", 8)
         target = target[slash:] if slash > 0 else b"/"

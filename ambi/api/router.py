@@ -80,7 +80,7 @@ class Router:
             found.append(("/".join(parts[2:-1]), named))
         if len(parts) > 2 and (named := self._named.get((parts[1], ""))) is not None:
             found.append(("/".join(parts[2:]), named))
-        return [(name, methods) for name, methods in found if name or methods is whole]
+        return [(name, methods) for name, methods in found if methods is whole or (name and name[0] != "/")]
 
 
 def split_version(path: str) -> tuple[tuple[int, int], str]:
