@@ -1,0 +1,86 @@
+"""The driver of isolation `vm`: QEMU with our kernel and agent, the plan's layers as its disks.
+
+create() boots the guest and makes the workload's root in it, start() runs the workload. QEMU is a child of the shim, without
+rights of its own, and dies with it; everything the host knows of the guest comes through one socket (see qemu/link.py).
+"""
+
+from __future__ import annotations
+
+import shutil
+from typing import ClassVar
+
+from ambi.core.deadline import Deadline
+from ambi.core.driver import Features, Problem
+from ambi.core.errors import NotFound, Unsupported
+from ambi.core.loop import Loop
+from ambi.core.model import Isolation
+from ambi.core.plan import LaunchPlan, Layers
+from ambi.core.undo import Undo
+from hyper import boot_files, probe, translate
+from hyper.qemu import launch, share
+from hyper.qemu.cgroup import Cgroup
+from hyper.qemu.machine import CONSOLE_FILE, VirtualMachine
+
+MIN_MEMORY = 64 << 20
+MAX_VCPUS = 255
+NO_QEMU = Problem("there is no QEMU", "apt-get install qemu-system-x86")
+NO_VIRTIOFSD = Problem("bind mounts into a virtual machine need virtiofsd", "apt-get install qemu-system-common")
+TCG_LINE = "virtual machines run emulated (TCG), many times slower than with KVM"
+
+
+class VmDriver:
+    """Implements ambi.core.driver.Driver."""
+
+    isolation: ClassVar[Isolation] = Isolation.VM
+
+    def probe(self) -> Features:
+        qemu = probe.find_qemu()
+        if qemu is None:
+            return Features(NO_QEMU, {"qemu": "not found"})
+        host = probe.host()
+        accelerator = "kvm" if host.kvm else f"tcg ({TCG_LINE}: {host.kvm_problem})"
+        details = {"qemu": qemu, "accelerator": accelerator, "virtiofsd": share.program() or "not found"}
+        return Features(None, details)
+
+    def check(self, plan: LaunchPlan) -> list[Problem]:
+        found = [] if probe.find_qemu() else [NO_QEMU]
+        shape = translate.shape(plan)
+        try:
+            boot_files.find(plan.guest_dir, shape.kernel)
+        except NotFound as error:
+            found.append(Problem(error.message, error.hint))
+        if shape.memory_bytes < MIN_MEMORY:
+            hint = f"give it at least {MIN_MEMORY >> 20} MiB, for example --memory 256m"
+            found.append(Problem(f"{shape.memory_bytes >> 20} MiB of memory are too few for a virtual machine", hint))
+        if not 1 <= shape.vcpus <= MAX_VCPUS:
+            found.append(Problem(f"a virtual machine has 1 to {MAX_VCPUS} CPUs, not {shape.vcpus}", "--cpus 1"))
+        if translate.shares(plan) and share.program() is None:
+            found.append(NO_VIRTIOFSD)
+        if isinstance(plan.rootfs, Layers):
+            found += _layer_problems(plan.rootfs)
+        return found + translate.problems(plan)
+
+    def create(self, plan: LaunchPlan, undo: Undo, by: Deadline, loop: Loop) -> VirtualMachine:
+        problems = self.check(plan)
+        if problems:
+            raise Unsupported(problems[0].message, hint=problems[0].hint)
+        machine = launch.launch(plan, undo, loop)
+        machine.boot(by)
+        return machine
+
+    def sweep(self, plan: LaunchPlan) -> None:
+        cgroup = Cgroup(plan.config["linux"]["cgroupsPath"])
+        cgroup.kill()
+        cgroup.remove()
+        for tag in (share.ROOT_TAG, share.BINDS_TAG):
+            (plan.run_dir / f"virtiofs-{tag}").unlink(missing_ok=True)
+        shutil.rmtree(plan.run_dir / share.BINDS_TAG, ignore_errors=True)
+        (plan.run_dir / CONSOLE_FILE).unlink(missing_ok=True)
+
+
+def _layer_problems(rootfs: Layers) -> list[Problem]:
+    for layer in rootfs.lowers:
+        if layer.form != "erofs":
+            hint = "apt-get install erofs-utils, then import the image again"
+            return [Problem(f"layer {layer.name} is a directory; a virtual machine needs EROFS layers", hint)]
+    return []

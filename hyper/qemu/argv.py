@@ -1,0 +1,127 @@
+"""QEMU's command line as a function of values. Nothing here touches the system.
+
+The machine is microvm: virtio-mmio devices found through ACPI, a UART for the kernel's last words, an RTC (without one Linux
+polls an absent clock for two seconds), neither PIT nor PIC. Linux cannot calibrate its TSC on that, so we tell it the rate.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from hyper.guest.protocol import PORT_NAME
+
+SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
+TB_SIZE_MIB = 128  # TCG's cache of translated code; its default is an eighth of the host's memory
+WORDS = (  # measured, see docs/design/0003-boot-words.md; they shorten the boot and change nothing for the workload
+    "quiet", "reboot=t", "panic=-1", "console=ttyS0", "no_timer_check", "tsc=reliable", "8250.nr_uarts=1",
+    "i8042.noaux", "i8042.nomux", "i8042.nopnp", "i8042.dumbkbd", "cryptomgr.notests", "random.trust_cpu=on",
+    "rcupdate.rcu_expedited=1",
+)  # fmt: skip
+WORDS_TCG = ("mitigations=off",)  # emulation does not speculate; on a true CPU the guest's kernel keeps its guards
+
+
+class Share(NamedTuple):
+    """A file tree by virtiofs: the tag that the guest mounts, and a socket connected to its virtiofsd."""
+
+    tag: str
+    fd: int
+
+
+class Machine(NamedTuple):
+    """A VM to be started. Descriptors are inherited by QEMU under their numbers.
+
+    kernel, initramfs: descriptors of files that anybody may read (QEMU opens them once more).
+    layers: descriptor of a VMDK, layer_fds what it lists; None without layers. disk: of the writable image, or None.
+    agent, console, monitor: connected stream sockets; tsc_khz: the host's rate.
+    """
+
+    name: str
+    kvm: bool
+    vcpus: int
+    memory_bytes: int
+    tsc_khz: int
+    kernel: int
+    initramfs: int
+    agent: int
+    console: int
+    monitor: int
+    layers: int | None = None
+    layer_fds: tuple[int, ...] = ()
+    disk: int | None = None
+    shares: tuple[Share, ...] = ()
+    words: tuple[str, ...] = ()
+
+    @property
+    def fds(self) -> tuple[int, ...]:
+        """Everything to be inherited."""
+        some = (self.kernel, self.initramfs, self.agent, self.console, self.monitor, self.layers, self.disk)
+        return (*(fd for fd in some if fd is not None), *self.layer_fds, *(share.fd for share in self.shares))
+
+
+def command_line(machine: Machine) -> str:
+    """The kernel's words."""
+    words = [*WORDS, f"tsc_early_khz={machine.tsc_khz}"]
+    if not machine.kvm:
+        words += WORDS_TCG
+    if machine.vcpus == 1:
+        words.append("noreplace-smp")
+    return " ".join((*words, *machine.words))
+
+
+def build(qemu: str, machine: Machine) -> list[str]:
+    """The arguments, program first."""
+    backing = ",memory-backend=ram" if machine.shares else ""
+    argv = [
+        qemu, "-name", f"ambi-{machine.name[:12]}", "-nodefaults", "-no-user-config", "-no-reboot",
+        "-display", "none", "-sandbox", SANDBOX,
+        "-machine", f"microvm,pit=off,pic=off,rtc=on,acpi=on,usb=off,auto-kernel-cmdline=off{backing}",
+        *_cpu(machine), "-smp", str(machine.vcpus), "-m", f"{machine.memory_bytes >> 20}M",
+        "-global", "virtio-mmio.force-legacy=false",
+        "-kernel", f"/proc/self/fd/{machine.kernel}", "-initrd", f"/proc/self/fd/{machine.initramfs}",
+        "-append", command_line(machine),
+        *_stream("console", machine.console), "-serial", "chardev:console",
+        *_stream("monitor", machine.monitor), "-mon", "chardev=monitor,mode=control",
+        *_stream("agent", machine.agent), "-device", "virtio-serial-device,max_ports=2",
+        "-device", f"virtserialport,nr=1,chardev=agent,name={PORT_NAME}",
+    ]  # fmt: skip
+    if machine.shares:
+        argv += ["-object", f"memory-backend-memfd,id=ram,size={machine.memory_bytes >> 20}M,share=on"]
+    return argv + _disks(machine) + _shares(machine)
+
+
+def _cpu(machine: Machine) -> list[str]:
+    if machine.kvm:
+        return ["-accel", "kvm", "-cpu", "host"]
+    return ["-accel", f"tcg,thread=multi,tb-size={TB_SIZE_MIB}", "-cpu", "qemu64"]
+
+
+def _stream(name: str, fd: int) -> list[str]:
+    return ["-chardev", f"socket,id={name},fd={fd}"]
+
+
+def _disks(machine: Machine) -> list[str]:
+    argv: list[str] = []
+    for fd in machine.layer_fds:
+        argv += ["-add-fd", f"fd={fd},set={fd}"]
+    if machine.layers is not None:
+        argv += [
+            "-add-fd", f"fd={machine.layers},set={machine.layers}",
+            "-blockdev", f"driver=vmdk,node-name=layers,read-only=on,file.driver=file,file.read-only=on,"
+            f"file.filename=/dev/fdset/{machine.layers}",
+            "-device", "virtio-blk-device,drive=layers,serial=layers",
+        ]  # fmt: skip
+    if machine.disk is not None:
+        argv += [
+            "-add-fd", f"fd={machine.disk},set={machine.disk}",
+            "-blockdev", f"driver=raw,node-name=disk,discard=unmap,file.driver=file,file.discard=unmap,"
+            f"file.filename=/dev/fdset/{machine.disk}",
+            "-device", "virtio-blk-device,drive=disk,serial=disk",
+        ]  # fmt: skip
+    return argv
+
+
+def _shares(machine: Machine) -> list[str]:
+    argv: list[str] = []
+    for share in machine.shares:
+        argv += [*_stream(share.tag, share.fd), "-device", f"vhost-user-fs-device,chardev={share.tag},tag={share.tag}"]
+    return argv

@@ -1,0 +1,102 @@
+"""The writable disk of a VM: a sparse ext4 image, made once by mkfs.ext4 and then cloned. The host never mounts it."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+from pathlib import Path
+
+from ambi.core.errors import AmbiError, Internal, StorageFull, Unsupported, from_os_error
+from hyper.qemu import jail
+
+FICLONE = 0x40049409  # linux/fs.h
+MIN_BYTES = 64 << 20
+MKFS_VERSION = 1  # raised when the options below change, so that old templates are not used
+MKFS = (
+    "mkfs.ext4", "-q", "-F", "-m", "0", "-L", "ambi",
+    # A hole reads as zeros: nothing is left for the guest to initialise, and a clone copies some hundred KiB.
+    "-E", "discard,lazy_journal_init=1",
+)  # fmt: skip
+
+
+def ensure(path: Path, size_bytes: int, templates: Path) -> None:
+    """Make `path` unless it is there already: an empty file system of `size_bytes` (rounded up to MiB).
+
+    An existing disk is used as it is, whatever its size. templates: where the file system to clone is kept.
+    Raises Unsupported (no mkfs.ext4), StorageFull.
+    """
+    if path.exists():
+        return
+    size_bytes = -(-max(size_bytes, MIN_BYTES) >> 20) << 20
+    template = _template(size_bytes, templates)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        clone(template, temporary)
+        os.rename(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise from_os_error(f"cannot make the disk {path}", error) from error
+
+
+def _template(size_bytes: int, directory: Path) -> Path:
+    path = directory / f"ext4-{size_bytes >> 20}m-{MKFS_VERSION}.img"
+    if path.exists():
+        return path
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        directory.mkdir(mode=0o755, parents=True, exist_ok=True)
+        with open(temporary, "xb") as file:
+            file.truncate(size_bytes)
+        status, output = jail.run((*MKFS, str(temporary)))
+        if status:
+            raise _mkfs_error(output)
+        os.rename(temporary, path)
+    except FileNotFoundError as error:
+        raise Unsupported(
+            "cannot make the disk of a virtual machine: there is no mkfs.ext4", hint="apt-get install e2fsprogs"
+        ) from error
+    except OSError as error:
+        raise from_os_error(f"cannot make {path}", error) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
+
+
+def _mkfs_error(output: str) -> AmbiError:
+    text = " ".join(output.split())
+    kind = StorageFull if "No space left" in text else Internal
+    return kind(f"mkfs.ext4 failed: {text[-300:]}")
+
+
+def clone(source: Path, target: Path) -> None:
+    """A copy of `source` that shares its blocks where the file system can, else of its data without its holes."""
+    with open(source, "rb") as reader, open(target, "xb") as writer:
+        os.fchmod(writer.fileno(), 0o600)
+        try:
+            fcntl.ioctl(writer.fileno(), FICLONE, reader.fileno())
+            return
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.ENOTTY, errno.EXDEV, errno.EINVAL, errno.ENOSYS):
+                raise
+        size = os.fstat(reader.fileno()).st_size
+        writer.truncate(size)
+        _copy_data(reader.fileno(), writer.fileno(), size)
+
+
+def _copy_data(reader: int, writer: int, size: int) -> None:
+    at = 0
+    while at < size:
+        try:
+            start = os.lseek(reader, at, os.SEEK_DATA)
+        except OSError as error:
+            if error.errno == errno.ENXIO:  # only a hole is left
+                return
+            raise
+        at = os.lseek(reader, start, os.SEEK_HOLE)
+        os.lseek(reader, start, os.SEEK_SET)
+        while start < at:
+            data = os.pread(reader, min(at - start, 1 << 20), start)
+            if not data:
+                return
+            start += os.pwrite(writer, data, start)

@@ -1,0 +1,164 @@
+"""From a plan to a running VMM: everything QEMU needs is opened here and handed over as descriptors."""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+
+from ambi.core.errors import Forbidden, Unsupported, from_os_error
+from ambi.core.loop import Loop
+from ambi.core.plan import Directory, LaunchPlan, Layers
+from ambi.core.undo import Undo
+from hyper import boot_files, probe, translate
+from hyper.qemu import argv, disk, jail, layers, share
+from hyper.qemu.cgroup import Cgroup, Limits
+from hyper.qemu.console import Console
+from hyper.qemu.machine import Parts, VirtualMachine
+from hyper.qemu.qmp import Qmp
+
+DISK_FILE = "disk.img"  # in the upper directory
+TEMPLATES = "disks"  # below the guest directory
+OVERHEAD_BYTES = 192 << 20  # of a VMM and virtiofsd beyond the guest's memory and TCG's code
+MAX_TASKS = 512  # threads of a VMM and virtiofsd
+
+
+class Handles:
+    """Descriptors for children: ours are closed once the children run, or when something went wrong before."""
+
+    __slots__ = ("_fds",)
+
+    def __init__(self) -> None:
+        self._fds: list[int] = []
+
+    def add(self, fd: int) -> int:
+        self._fds.append(fd)
+        return fd
+
+    def socket_pair(self) -> tuple[socket.socket, int]:
+        """A stream pair: our end, which is the caller's to close, and the descriptor for the child."""
+        ours, theirs = socket.socketpair()
+        return ours, self.add(theirs.detach())
+
+    def __enter__(self) -> Handles:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for fd in self._fds:
+            os.close(fd)
+
+
+def launch(plan: LaunchPlan, undo: Undo, loop: Loop) -> VirtualMachine:
+    """Start the VMM of `plan`; its guest is still to boot. What was made is undone by `undo`, or by the machine's delete.
+
+    Raises NotFound (a layer, a bind's source), Unsupported, StorageFull, Forbidden.
+    """
+    plan.run_dir.mkdir(parents=True, exist_ok=True)
+    host = probe.host(plan.guest_dir)
+    with Handles() as handles:
+        cgroup = Cgroup(plan.config["linux"]["cgroupsPath"])
+        undo.add("remove the cgroup of the VM", cgroup.remove)
+        cgroup.create(_limits(plan, host.kvm))
+        output, console_fd, console = _console(handles, undo, loop)
+        servers = _serve(plan, cgroup, output, undo)
+        agent, agent_fd = handles.socket_pair()
+        undo.add("close the agent's socket", agent.close)
+        monitor, monitor_fd = handles.socket_pair()
+        undo.add("close the monitor's socket", monitor.close)
+        spec = _machine(plan, host, handles, servers)._replace(console=console_fd, agent=agent_fd, monitor=monitor_fd)
+        vmm = _start(plan, spec, cgroup, output)
+        parts = Parts(vmm, Qmp(monitor), console, cgroup, servers)
+        machine = VirtualMachine(plan, parts, agent, loop)
+        undo.add("end the VM", machine.abandon)
+        return machine
+
+
+def _limits(plan: LaunchPlan, kvm: bool) -> Limits:
+    memory = translate.shape(plan).memory_bytes + OVERHEAD_BYTES + (0 if kvm else argv.TB_SIZE_MIB << 20)
+    return Limits(memory_bytes=memory, pids=MAX_TASKS)
+
+
+def _console(handles: Handles, undo: Undo, loop: Loop) -> tuple[int, int, Console]:
+    """Where children write what they have to say, QEMU's end of the guest's console, and the reader of both."""
+    reader, output = os.pipe2(os.O_CLOEXEC)
+    handles.add(output)
+    serial, serial_fd = handles.socket_pair()
+    console = Console(loop, (serial.detach(), reader))
+    undo.add("close the console", console.close)
+    return output, serial_fd, console
+
+
+def _serve(plan: LaunchPlan, cgroup: Cgroup, output: int, undo: Undo) -> list[share.Server]:
+    """Start a virtiofsd for each tree that the plan needs."""
+    servers = []
+    if isinstance(plan.rootfs, Directory):
+        servers.append(share.serve_directory(plan.rootfs.path, plan.run_dir, cgroup, output))
+        undo.add("end virtiofsd", servers[-1].end)
+    binds = translate.binds(plan)
+    if binds:
+        servers.append(share.serve_binds(binds, plan.run_dir, cgroup, output))
+        undo.add("end virtiofsd", servers[-1].end)
+    return servers
+
+
+def _machine(plan: LaunchPlan, host: probe.Host, handles: Handles, servers: list[share.Server]) -> argv.Machine:
+    """The machine without its sockets."""
+    shape = translate.shape(plan)
+    files = boot_files.find(plan.guest_dir, shape.kernel)
+    machine = argv.Machine(
+        name=plan.id,
+        kvm=host.kvm,
+        vcpus=shape.vcpus,
+        memory_bytes=shape.memory_bytes,
+        tsc_khz=host.tsc_khz,
+        kernel=handles.add(_open_public(files.kernel)),
+        initramfs=handles.add(_open_public(files.initramfs)),
+        agent=-1,
+        console=-1,
+        monitor=-1,
+        shares=tuple(argv.Share(server.tag, server.sock.fileno()) for server in servers),
+    )
+    if isinstance(plan.rootfs, Layers):
+        return _with_disks(machine, plan, plan.rootfs, handles)
+    return machine
+
+
+def _open_public(path: Path) -> int:
+    """Open a file that QEMU opens again by itself, as a user with no rights."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise from_os_error("cannot open the guest's kernel", error) from error
+    if not os.fstat(fd).st_mode & 0o004:
+        os.close(fd)
+        raise Forbidden(f"QEMU, which runs without rights, may not read {path}", hint=f"chmod a+r {path}")
+    return fd
+
+
+def _with_disks(machine: argv.Machine, plan: LaunchPlan, rootfs: Layers, handles: Handles) -> argv.Machine:
+    path = rootfs.upper / DISK_FILE
+    disk.ensure(path, translate.shape(plan).disk_bytes, plan.guest_dir / TEMPLATES)
+    try:
+        machine = machine._replace(disk=handles.add(os.open(path, os.O_RDWR | os.O_CLOEXEC)))
+    except OSError as error:
+        raise from_os_error("cannot open the disk of the virtual machine", error) from error
+    if not rootfs.lowers:
+        return machine
+    opened = layers.open_layers(rootfs.lowers)
+    for fd in opened.fds:
+        handles.add(fd)
+    vmdk = handles.add(layers.readable("disk of layers", layers.descriptor(opened.extents)))
+    return machine._replace(layers=vmdk, layer_fds=opened.fds)
+
+
+def _start(plan: LaunchPlan, machine: argv.Machine, cgroup: Cgroup, output: int) -> jail.Child:
+    qemu = probe.find_qemu()
+    if qemu is None:
+        raise Unsupported("there is no QEMU", hint="apt-get install qemu-system-x86")
+    user = jail.user_id(plan.id)
+
+    def prepare() -> None:
+        cgroup.join()
+        jail.enter_vmm(user, machine.kvm)
+
+    return jail.spawn(argv.build(qemu, machine), machine.fds, output, prepare)

@@ -1,0 +1,224 @@
+"""One virtual machine: a QEMU, its agent, and the workload in it. Implements ambi.core.driver.Created."""
+
+from __future__ import annotations
+
+import secrets
+import signal
+import time
+from typing import Any
+
+from ambi.core.deadline import Deadline
+from ambi.core.errors import AmbiError, Conflict, Corrupt, Unavailable
+from ambi.core.loop import POLLIN, Loop
+from ambi.core.model import Status, Usage
+from ambi.core.plan import LaunchPlan
+from hyper import translate
+from hyper.guest.protocol import INIT_ID, VERSION, HelloTag, Items, Type
+from hyper.qemu.cgroup import Cgroup
+from hyper.qemu.console import Console
+from hyper.qemu.guest_process import GuestProcess
+from hyper.qemu.jail import Child
+from hyper.qemu.link import Link
+from hyper.qemu.qmp import Qmp
+from hyper.qemu.share import Server
+
+VMM_DIED = 137  # the exit code of every process of a VM whose VMM ended
+POWER_OFF_S = 10.0
+ANSWER_S = 5.0  # for figures; a busy guest may be slow to answer, and the last ones then stand
+MAX_EXECS = 1024
+CONSOLE_FILE = "console"
+
+
+class Parts:
+    """What the driver made before it hands the VM over. All of it is the VM's to end."""
+
+    __slots__ = ("cgroup", "console", "qmp", "servers", "vmm")
+
+    def __init__(self, vmm: Child, qmp: Qmp, console: Console, cgroup: Cgroup, servers: list[Server]) -> None:
+        self.vmm = vmm
+        self.qmp = qmp
+        self.console = console
+        self.cgroup = cgroup
+        self.servers = servers
+
+
+class VirtualMachine:
+    """A VM from its VMM's first moment to its removal."""
+
+    def __init__(self, plan: LaunchPlan, parts: Parts, agent: Any, loop: Loop) -> None:
+        self._plan = plan
+        self._parts = parts
+        self._loop = loop
+        self._running = False
+        self._usage = Usage(0, 0, 0, 0, 0, 0, 0, 0)
+        self._next_id = INIT_ID + 1
+        self._execs: dict[int, GuestProcess] = {}
+        self._failure = ""
+        self._deleted = False
+        self._link = Link(loop, agent, parts.vmm.pidfd, self)
+        loop.watch(parts.vmm.pidfd, POLLIN, self._vmm_ended)
+        terminal = bool(plan.config["process"].get("terminal"))
+        self.init = GuestProcess(loop, self._link, INIT_ID, terminal=terminal, stdin=plan.stdin)
+
+    # from boot to the workload
+
+    def boot(self, by: Deadline) -> None:
+        """Wait for the agent, and have it make the workload's root. Raises what it says, or why the VM did not come up."""
+        try:
+            self._link.sync(by)
+            hello = self._link.request(Type.HELLO, _hello())
+            setup = self._link.request(Type.SETUP, translate.setup(self._plan))
+            answer = self._link.wait(hello, by, "the guest's agent")
+            if answer.kind is not Type.HELLO_OK or answer.fields.number(1) != VERSION:
+                raise Corrupt("the guest's agent speaks another protocol", hint="build it again: `python -m hyper.guest`")
+            self._link.wait(setup, by, "the guest's agent")
+        except Unavailable as error:
+            raise self._explained(error) from error
+
+    def _explained(self, error: Unavailable) -> Unavailable:
+        """`error` with what the console says about it."""
+        self._keep_console()
+        reason = self._failure or error.message
+        last = self._parts.console.last_line()
+        text = f"cannot boot the virtual machine: {reason}" + (f": {last}" if last and last not in reason else "")
+        return type(error)(text, hint=f"its console: {self._plan.run_dir / CONSOLE_FILE}")
+
+    def start(self, by: Deadline) -> None:
+        if self._running or self.init.exit is not None:
+            raise Conflict("the virtual machine has been started already")
+        items = translate.process(self._plan.config["process"], self._plan.config, stdin=self._plan.stdin)
+        answer = self._link.wait(self._link.request(Type.RUN, items, ident=INIT_ID), by, "the guest's agent")
+        self._parts.cgroup.limit(translate.cpu_limits(self._plan))  # not sooner: a boot is not the workload's
+        self._running = True
+        self.init.started(answer.fields.number(1))
+
+    def exec(self, process: dict[str, Any], stdin: bool, by: Deadline) -> GuestProcess:
+        if self.state() is not Status.RUNNING:
+            raise Conflict("the virtual machine is not running")
+        items = translate.process(process, self._plan.config, stdin=stdin)
+        self._execs = {ident: p for ident, p in self._execs.items() if p.exit is None}
+        if len(self._execs) >= MAX_EXECS:
+            raise Conflict(f"the virtual machine runs {MAX_EXECS} commands already")
+        self._next_id, ident = self._next_id + 1, self._next_id
+        started = GuestProcess(self._loop, self._link, ident, terminal=bool(process.get("terminal")), stdin=stdin)
+        self._execs[ident] = started
+        try:
+            answer = self._link.wait(self._link.request(Type.EXEC, items, ident=ident), by, "the guest's agent")
+        except BaseException:
+            started.signal(signal.SIGKILL)  # should it start after all
+            del self._execs[ident]
+            started.abandon()
+            raise
+        started.started(answer.fields.number(1))
+        return started
+
+    # questions
+
+    def state(self) -> Status:
+        if self.init.exit is not None or self._deleted:
+            return Status.EXITED
+        return Status.RUNNING if self._running else Status.CREATED
+
+    def usage(self) -> Usage:
+        try:
+            fields = self._ask(Type.STATS)
+        except Unavailable:
+            return self._usage
+        numbers = [fields.number(tag) for tag in range(1, 8)]
+        cpu, user, system, used, cache, pids, kills = numbers
+        limit = translate.memory_limit(self._plan)
+        self._usage = Usage(cpu, user, system, used, cache, limit, pids, kills)
+        return self._usage
+
+    def processes(self) -> list[dict[str, Any]]:
+        rows = (row.split(" ", 6) for row in self._ask(Type.PROCESSES).texts(1))
+        try:
+            return [_process_row(row) for row in rows]
+        except (ValueError, IndexError) as error:
+            raise Corrupt("the guest's list of processes is damaged") from error
+
+    def _ask(self, kind: Type) -> Any:
+        return self._link.wait(self._link.request(kind), Deadline.after(ANSWER_S), "the guest's agent").fields
+
+    # the end
+
+    def log(self, text: str) -> None:
+        """A line of the agent's own."""
+        self._parts.console.note(b"agent: " + text.encode("utf-8", "replace")[:1000] + b"\n")
+
+    def _vmm_ended(self, _: int) -> None:
+        self._link.drain()
+        self._link.fail("the VMM ended")
+
+    def lost(self, reason: str) -> None:
+        """The guest is of no more use: end its VMM, and with it every process."""
+        vmm = self._parts.vmm
+        if vmm.wait(Deadline.after(0.2)):
+            reason = f"the VMM {vmm.how()}"
+        else:
+            vmm.kill()
+        self._loop.unwatch(vmm.pidfd)
+        self._parts.console.drain()
+        last = self._parts.console.last_line()
+        self._failure = reason if not last or self._deleted else f"{reason}: {last}"
+        if self.init.exit is None:
+            self._keep_console()
+        for process in (self.init, *self._execs.values()):
+            process.lost(VMM_DIED, self._failure)
+
+    def _keep_console(self) -> None:
+        self._parts.console.drain()
+        self._parts.console.save(self._plan.run_dir / CONSOLE_FILE)
+
+    def delete(self, by: Deadline) -> None:
+        if self._deleted:
+            return
+        self._deleted = True
+        left = by.remaining()
+        soon = Deadline.after(POWER_OFF_S if left is None else min(left / 2, POWER_OFF_S))
+        if not self._link.ended:
+            self._link.tell(Type.POWER_OFF, 0)
+            try:
+                self._link.wait_for_end(soon)
+            except AmbiError:
+                pass  # it did not flush its disk in time, and is killed
+        self.destroy()
+
+    def abandon(self) -> None:
+        """Undo `create`: nobody has taken the streams of init."""
+        self._deleted = True
+        self.destroy()
+        self.init.abandon()
+
+    def destroy(self) -> None:
+        """Kill what is left and remove all of it."""
+        self._loop.unwatch(self._parts.vmm.pidfd)
+        self._parts.vmm.kill()
+        self._link.fail("the virtual machine was removed")
+        self._link.close()
+        for process in (self.init, *self._execs.values()):
+            process.close()
+        self._parts.qmp.close()
+        self._parts.console.close()
+        for server in self._parts.servers:
+            server.end()
+        self._parts.vmm.close()
+        self._parts.cgroup.kill()
+        self._parts.cgroup.remove()
+
+
+def _hello() -> Items:
+    return (
+        (HelloTag.LOWEST, VERSION),
+        (HelloTag.HIGHEST, VERSION),
+        (HelloTag.CLOCK_NS, time.time_ns()),
+        (HelloTag.ENTROPY, secrets.token_bytes(64)),
+    )
+
+
+def _process_row(row: list[str]) -> dict[str, Any]:
+    pid, ppid, uid, stime_ns, cpu_ns = (int(word) for word in row[:5])
+    return {
+        "pid": pid, "ppid": ppid, "uid": uid, "user": str(uid), "tty": row[5], "stime_ns": stime_ns, "cpu_ns": cpu_ns,
+        "command": row[6],
+    }  # fmt: skip

@@ -1,0 +1,103 @@
+"""A small client of QEMU's machine protocol (docs/interop/qmp-spec in QEMU's sources), over a connected socket.
+
+The VMM is not trusted either: lines are bounded, and what is not JSON of the expected shape is Unavailable.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+from typing import Any
+
+from ambi.core.deadline import Deadline
+from ambi.core.errors import DeadlineExceeded, Internal, Unavailable
+
+MAX_LINE = 1 << 20
+
+
+class Qmp:
+    """Commands in, answers out, one at a time; events are kept (the last 64). Owns the socket.
+
+    The greeting is read at the first command, so that starting a VM does not wait for it.
+    """
+
+    __slots__ = ("_buffer", "_negotiated", "_socket", "events")
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._socket = sock
+        self._buffer = bytearray()
+        self._negotiated = False
+        self.events: list[dict[str, Any]] = []
+
+    def execute(self, command: str, by: Deadline, **arguments: Any) -> Any:
+        """The `return` of `command`. Raises Unavailable (QEMU is gone), DeadlineExceeded, Internal (QEMU refused)."""
+        if not self._negotiated:
+            self._greet(by)
+        return self._call(command, arguments, by)
+
+    def _greet(self, by: Deadline) -> None:
+        if "QMP" not in self._message(by):
+            raise Unavailable("QEMU's monitor does not greet")
+        self._negotiated = True
+        self._call("qmp_capabilities", {}, by)
+
+    def _call(self, command: str, arguments: dict[str, Any], by: Deadline) -> Any:
+        request = {"execute": command, "arguments": arguments} if arguments else {"execute": command}
+        try:
+            self._socket.settimeout(_timeout(by))
+            self._socket.sendall(json.dumps(request).encode() + b"\n")
+        except TimeoutError as error:
+            raise DeadlineExceeded(f"QEMU did not take {command} in time") from error
+        except OSError as error:
+            raise Unavailable(f"QEMU is gone: {error.strerror}") from error
+        while True:
+            answer = self._message(by)
+            if "return" in answer:
+                return answer["return"]
+            if "error" in answer:
+                raise Internal(f"QEMU refused {command}: {_text(answer['error'])}")
+
+    def _message(self, by: Deadline) -> dict[str, Any]:
+        """The next message that is no event."""
+        while True:
+            line = self._line(by)
+            try:
+                body = json.loads(line)
+            except ValueError as error:
+                raise Unavailable("QEMU's monitor does not speak JSON") from error
+            if not isinstance(body, dict):
+                raise Unavailable("QEMU's monitor does not speak QMP")
+            if "event" not in body:
+                return body
+            self.events = [*self.events[-63:], body]
+
+    def _line(self, by: Deadline) -> bytes:
+        while (end := self._buffer.find(b"\n")) < 0:
+            if len(self._buffer) > MAX_LINE:
+                raise Unavailable("QEMU's monitor sends a line without end")
+            try:
+                self._socket.settimeout(_timeout(by))
+                data = self._socket.recv(65536)
+            except TimeoutError as error:
+                raise DeadlineExceeded("QEMU's monitor did not answer in time") from error
+            except OSError as error:
+                raise Unavailable(f"QEMU is gone: {error.strerror}") from error
+            if not data:
+                raise Unavailable("QEMU is gone")
+            self._buffer += data
+        line = bytes(self._buffer[:end])
+        del self._buffer[: end + 1]
+        return line
+
+    def close(self) -> None:
+        self._socket.close()
+
+
+def _timeout(by: Deadline) -> float | None:
+    left = by.remaining()
+    return None if left is None else max(left, 0.001)
+
+
+def _text(error: Any) -> str:
+    text = error.get("desc") if isinstance(error, dict) else None
+    return str(text or error)[:300]

@@ -1,0 +1,166 @@
+"""Host directories in the guest, by virtiofs: a virtiofsd for each tree, as a child of the shim.
+
+The root of a `Directory` plan is one tree. All bind mounts together are a second one: a tmpfs with an entry for each, made
+in the private mount namespace of the virtiofsd, so that the host sees none of it. Read-only is enforced there as well, where
+a guest cannot change it.
+
+Two programs are called virtiofsd: the one in C of QEMU 7 (Debian 12, /usr/lib/qemu) and the one in Rust (Debian 13,
+/usr/libexec); what we say to them is what both understand, but for `_options`.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import stat
+from pathlib import Path
+from typing import NamedTuple
+
+from ambi.core.errors import NotFound, Unsupported, from_os_error
+from ambi.linux import mount, process
+from hyper.qemu import jail
+from hyper.qemu.cgroup import Cgroup
+
+C_PROGRAM = "/usr/lib/qemu/virtiofsd"
+RUST_PROGRAMS = ("/usr/libexec/virtiofsd", "/usr/lib/virtiofsd")
+ROOT_TAG = "root"
+BINDS_TAG = "binds"
+
+
+class Bind(NamedTuple):
+    """A bind mount; it appears as `name` in the tree. `recursive`: with the mounts below it."""
+
+    name: str
+    source: Path
+    readonly: bool
+    recursive: bool
+
+
+class Server(NamedTuple):
+    """A running virtiofsd; `sock` is connected to it and is for QEMU."""
+
+    tag: str
+    child: jail.Child
+    sock: socket.socket
+
+    def end(self) -> None:
+        """Idempotent."""
+        self.sock.close()
+        self.child.kill()
+        self.child.close()
+
+
+def program() -> str | None:
+    """The virtiofsd of this host."""
+    return next((path for path in (*RUST_PROGRAMS, C_PROGRAM) if os.access(path, os.X_OK)), None)
+
+
+def check_sources(binds: tuple[Bind, ...]) -> None:
+    """Raise NotFound for a source that is not there."""
+    for bind in binds:
+        if not bind.source.exists():
+            raise NotFound(f"bind source path does not exist: {bind.source}")
+
+
+def serve_directory(path: Path, run_dir: Path, cgroup: Cgroup, output: int) -> Server:
+    """Serve `path` as the root of a guest."""
+    return _serve(ROOT_TAG, path, run_dir, cgroup, output, ())
+
+
+def serve_binds(binds: tuple[Bind, ...], run_dir: Path, cgroup: Cgroup, output: int) -> Server:
+    """Serve a tree with an entry for each of `binds`."""
+    check_sources(binds)
+    tree = run_dir / BINDS_TAG
+    tree.mkdir(exist_ok=True)
+    return _serve(BINDS_TAG, tree, run_dir, cgroup, output, binds)
+
+
+def _serve(tag: str, path: Path, run_dir: Path, cgroup: Cgroup, output: int, binds: tuple[Bind, ...]) -> Server:
+    exe = program()
+    if exe is None:
+        raise Unsupported("bind mounts into a virtual machine need virtiofsd", hint="apt-get install qemu-system-common")
+    listener, sock = _socket_to(run_dir, tag)
+    try:
+        argv = [exe, f"--fd={listener.fileno()}", *_options(exe, path)]
+
+        def prepare() -> None:
+            cgroup.join()
+            process.unshare(process.CLONE_NEWNS)
+            mount.mount(None, "/", None, mount.MS_REC | mount.MS_SLAVE)
+            if binds:
+                _build_tree(path, binds)
+
+        child = jail.spawn(argv, (listener.fileno(),), output, prepare)
+    except BaseException:
+        sock.close()
+        raise
+    finally:
+        listener.close()
+    return Server(tag, child, sock)
+
+
+def _socket_to(run_dir: Path, tag: str) -> tuple[socket.socket, socket.socket]:
+    """A listening socket that nobody else can connect to any more, and the one connection to it."""
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    directory = os.open(run_dir, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    name = f"/proc/self/fd/{directory}/virtiofs-{tag}"  # the path of run_dir may be longer than a socket's name can be
+    try:
+        listener.bind(name)
+        try:
+            listener.listen(1)
+            sock.connect(name)
+        finally:
+            os.unlink(name)
+    except BaseException as error:
+        listener.close()
+        sock.close()
+        if isinstance(error, OSError):
+            raise from_os_error("cannot make the socket of virtiofsd", error) from error
+        raise
+    finally:
+        os.close(directory)
+    return listener, sock
+
+
+def _options(exe: str, path: Path) -> list[str]:
+    if exe == C_PROGRAM:
+        # rlimit-nofile=0 leaves the limit alone: raising it needs CAP_SYS_RESOURCE, and failing to is fatal there.
+        return [
+            "-f",
+            "-o",
+            f"source={path}",
+            "-o",
+            "sandbox=namespace,xattr,announce_submounts,cache=auto",
+            "--rlimit-nofile=0",
+        ]
+    return [f"--shared-dir={path}", "--sandbox=namespace", "--xattr", "--announce-submounts", "--cache=auto",
+            "--rlimit-nofile=0", "--inode-file-handles=never"]  # fmt: skip
+
+
+def _build_tree(tree: Path, binds: tuple[Bind, ...]) -> None:
+    """In the child: a read-only tmpfs on `tree` with the binds mounted in it."""
+    mount.mount("tmpfs", tree, "tmpfs", mount.MS_NOSUID | mount.MS_NODEV | mount.MS_NOEXEC, "mode=755,size=1m")
+    for bind in binds:
+        flags = mount.OPEN_TREE_CLONE | (mount.AT_RECURSIVE if bind.recursive else 0)
+        fd = mount.open_tree(mount.AT_FDCWD, bind.source, flags)
+        if bind.readonly:
+            _make_readonly(fd, recursive=bind.recursive)
+        target = tree / bind.name
+        if stat.S_ISDIR(os.stat(bind.source).st_mode):
+            target.mkdir()
+        else:
+            target.touch()
+        mount.move_mount(fd, mount.AT_FDCWD, target)
+        os.close(fd)
+    mount.mount(None, tree, None, mount.MS_REMOUNT | mount.MS_BIND | mount.MS_RDONLY)
+
+
+def _make_readonly(fd: int, *, recursive: bool) -> None:
+    try:
+        mount.mount_setattr(fd, set=mount.MOUNT_ATTR_RDONLY, recursive=recursive)
+    except OSError as error:
+        if error.errno != errno.ENOSYS:
+            raise
+        mount.mount(None, f"/proc/self/fd/{fd}", None, mount.MS_REMOUNT | mount.MS_BIND | mount.MS_RDONLY)

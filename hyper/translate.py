@@ -1,0 +1,233 @@
+"""From a launch plan to the words of the guest protocol, and what of a plan a VM cannot do. Values only."""
+
+from __future__ import annotations
+
+import resource
+from pathlib import Path
+from typing import Any
+
+from ambi.core.driver import Problem
+from ambi.core.errors import InvalidRequest
+from ambi.core.model import VmShape
+from ambi.core.plan import Directory, LaunchPlan, Layers
+from ambi.linux import capabilities
+from hyper.guest.protocol import FileTag, Items, MountTag, ProcessTag, SetupTag, SysctlTag, Value
+from hyper.qemu.cgroup import Limits
+from hyper.qemu.share import BINDS_TAG, ROOT_TAG, Bind
+
+INIT_ANNOTATION = "ambi.init"
+CAPABILITY_TAGS = {
+    "bounding": ProcessTag.BOUNDING,
+    "effective": ProcessTag.EFFECTIVE,
+    "permitted": ProcessTag.PERMITTED,
+    "inheritable": ProcessTag.INHERITABLE,
+    "ambient": ProcessTag.AMBIENT,
+}
+
+
+def is_bind(mount: dict[str, Any]) -> bool:
+    options = mount.get("options") or ()
+    return mount.get("type") == "bind" or "bind" in options or "rbind" in options
+
+
+def binds(plan: LaunchPlan) -> tuple[Bind, ...]:
+    """The bind mounts of the plan, named by their place among its mounts."""
+    found = []
+    for number, mount in enumerate(plan.config.get("mounts") or ()):
+        if is_bind(mount):
+            options = mount.get("options") or ()
+            readonly = "ro" in options or "rro" in options
+            found.append(Bind(str(number), Path(mount["source"]), readonly, "bind" not in options))
+    return tuple(found)
+
+
+def setup(plan: LaunchPlan) -> Items:
+    """The fields of SETUP."""
+    config = plan.config
+    linux = config.get("linux") or {}
+    items: list[tuple[int, Value]] = [
+        (SetupTag.HOSTNAME, config.get("hostname") or plan.id[:12]),
+        (SetupTag.READ_ONLY, int(bool((config.get("root") or {}).get("readonly")))),
+    ]
+    if config.get("domainname"):
+        items.append((SetupTag.DOMAINNAME, config["domainname"]))
+    if isinstance(plan.rootfs, Layers):
+        items += [(SetupTag.LAYERS, len(plan.rootfs.lowers)), (SetupTag.DISK, 1)]
+    else:
+        items.append((SetupTag.ROOT_TAG, ROOT_TAG))
+    items += [(SetupTag.MOUNT, _mount(n, mount)) for n, mount in enumerate(config.get("mounts") or ())]
+    items += [(SetupTag.FILE, _file(f.path, f.mode, f.content)) for f in plan.files]
+    items += [(SetupTag.MASKED, path) for path in linux.get("maskedPaths") or ()]
+    items += [(SetupTag.READ_ONLY_PATH, path) for path in linux.get("readonlyPaths") or ()]
+    for key, value in (linux.get("sysctl") or {}).items():
+        items.append((SetupTag.SYSCTL, ((SysctlTag.KEY, key), (SysctlTag.VALUE, value))))
+    items += _limits(linux.get("resources") or {})
+    if (config.get("annotations") or {}).get(INIT_ANNOTATION) == "1":
+        items.append((SetupTag.INIT, 1))
+    return items
+
+
+def _mount(number: int, mount: dict[str, Any]) -> Items:
+    bind = is_bind(mount)
+    kind = "bind" if bind else mount.get("type") or "none"
+    source = str(number) if bind else mount.get("source") or kind
+    items: list[tuple[int, Value]] = [
+        (MountTag.DESTINATION, mount["destination"]),
+        (MountTag.TYPE, kind),
+        (MountTag.SOURCE, source),
+    ]
+    return items + [(MountTag.OPTION, option) for option in mount.get("options") or ()]
+
+
+def _file(path: object, mode: int, content: str) -> Items:
+    return ((FileTag.PATH, str(path)), (FileTag.MODE, mode), (FileTag.CONTENT, content))
+
+
+def _limits(resources: dict[str, Any]) -> list[tuple[int, Value]]:
+    memory, cpu, pids = (resources.get(name) or {} for name in ("memory", "cpu", "pids"))
+    pairs = (
+        (SetupTag.MEMORY, memory.get("limit")),
+        (SetupTag.CPU_QUOTA, cpu.get("quota")),
+        (SetupTag.CPU_PERIOD, cpu.get("period")),
+        (SetupTag.PIDS, pids.get("limit")),
+        (SetupTag.CPU_SHARES, cpu.get("shares")),
+    )
+    return [(tag, value) for tag, value in pairs if value and value > 0]
+
+
+def shape(plan: LaunchPlan) -> VmShape:
+    return plan.vm or VmShape()
+
+
+def memory_limit(plan: LaunchPlan) -> int:
+    """What the workload may use: its own limit, or all that the VM has."""
+    memory = ((plan.config.get("linux") or {}).get("resources") or {}).get("memory") or {}
+    limit = memory.get("limit") or 0
+    return min(limit, shape(plan).memory_bytes) if limit > 0 else shape(plan).memory_bytes
+
+
+def cpu_limits(plan: LaunchPlan) -> Limits:
+    """The same quota for the VMM as for the workload in the guest, which might not keep to it."""
+    cpu = ((plan.config.get("linux") or {}).get("resources") or {}).get("cpu") or {}
+    quota = cpu.get("quota") or 0
+    return Limits(cpu_quota_us=max(0, quota), cpu_period_us=cpu.get("period") or 100_000)
+
+
+def process(body: dict[str, Any], config: dict[str, Any], *, stdin: bool) -> Items:
+    """The fields of PROCESS, of an OCI process object. Raises InvalidRequest for what it does not understand."""
+    items: list[tuple[int, Value]] = [(ProcessTag.ARG, arg) for arg in body.get("args") or ()]
+    if not items:
+        raise InvalidRequest("no command specified")
+    items += [(ProcessTag.ENV, entry) for entry in body.get("env") or ()]
+    items.append((ProcessTag.CWD, body.get("cwd") or "/"))
+    items += _user(body.get("user") or {})
+    terminal = bool(body.get("terminal"))
+    items += [(ProcessTag.TERMINAL, int(terminal)), (ProcessTag.STDIN, int(stdin or terminal))]
+    size = body.get("consoleSize") or {}
+    if size:
+        items += [(ProcessTag.ROWS, size["height"]), (ProcessTag.COLUMNS, size["width"])]
+    items += _privileges(body, config)
+    items += [(ProcessTag.RLIMIT, _rlimit(entry)) for entry in body.get("rlimits") or ()]
+    if body.get("oomScoreAdj") is not None:
+        items.append((ProcessTag.OOM_SCORE_ADJ, body["oomScoreAdj"]))
+    return items
+
+
+def _user(user: dict[str, Any]) -> list[tuple[int, Value]]:
+    name = user.get("username")
+    items: list[tuple[int, Value]] = (
+        [(ProcessTag.USER, name)] if name else [(ProcessTag.UID, user.get("uid", 0)), (ProcessTag.GID, user.get("gid", 0))]
+    )
+    items += [(ProcessTag.GROUP, gid) for gid in user.get("additionalGids") or ()]
+    if user.get("umask") is not None:
+        items.append((ProcessTag.UMASK, user["umask"]))
+    return items
+
+
+def _privileges(body: dict[str, Any], config: dict[str, Any]) -> list[tuple[int, Value]]:
+    items: list[tuple[int, Value]] = []
+    sets = body.get("capabilities")
+    if sets is not None:
+        for name, tag in CAPABILITY_TAGS.items():
+            try:
+                items.append((tag, capabilities.mask_of(sets.get(name) or ())))
+            except ValueError as error:
+                raise InvalidRequest(str(error)) from error
+    items.append((ProcessTag.NO_NEW_PRIVS, int(bool(body.get("noNewPrivileges")))))
+    profile = (config.get("linux") or {}).get("seccomp")
+    if profile:
+        from ambi.linux import seccomp  # big tables: loaded where they are used
+
+        items.append((ProcessTag.SECCOMP, seccomp.compile(profile)))
+    return items
+
+
+def _rlimit(entry: dict[str, Any]) -> Items:
+    number = getattr(resource, entry["type"], None)
+    if not isinstance(number, int) or not entry["type"].startswith("RLIMIT_"):
+        raise InvalidRequest(f"no resource limit is called {entry['type']}")
+    return ((1, number), (2, entry["soft"]), (3, entry["hard"]))
+
+
+# What a plan may ask of a container and not of a VM: (path in config.json, what it is called).
+_UNSUPPORTED = (
+    (("hooks",), "OCI hooks"),
+    (("process", "apparmorProfile"), "an AppArmor profile"),
+    (("process", "selinuxLabel"), "an SELinux label"),
+    (("linux", "devices"), "host devices"),
+    (("linux", "intelRdt"), "Intel RDT"),
+    (("linux", "resources", "cpu", "cpus"), "a set of CPUs"),
+    (("linux", "resources", "cpu", "mems"), "a set of memory nodes"),
+    (("linux", "resources", "memory", "reservation"), "a memory reservation"),
+    (("linux", "resources", "memory", "disableOOMKiller"), "memory without the OOM killer"),
+    (("linux", "resources", "blockIO", "weight"), "a block I/O weight"),
+    (("linux", "resources", "blockIO", "throttleReadBpsDevice"), "block I/O limits"),
+    (("linux", "resources", "blockIO", "throttleWriteBpsDevice"), "block I/O limits"),
+    (("linux", "resources", "blockIO", "throttleReadIOPSDevice"), "block I/O limits"),
+    (("linux", "resources", "blockIO", "throttleWriteIOPSDevice"), "block I/O limits"),
+    (("linux", "resources", "hugepageLimits"), "limits of huge pages"),
+)
+_HINT = "run it as a container: --isolation container"
+
+
+def problems(plan: LaunchPlan) -> list[Problem]:
+    """What `plan` asks for that a VM does not do, from the plan alone."""
+    found = []
+    for path, name in _UNSUPPORTED:
+        value: Any = plan.config
+        for key in path:
+            value = (value or {}).get(key)
+        if value and Problem(f"a virtual machine does not support {name}", _HINT) not in found:
+            found.append(Problem(f"a virtual machine does not support {name}", _HINT))
+    return found + _namespace_problems(plan) + _propagation_problems(plan)
+
+
+def _namespace_problems(plan: LaunchPlan) -> list[Problem]:
+    given = {n["type"]: n.get("path") or "" for n in (plan.config.get("linux") or {}).get("namespaces") or ()}
+    found = []
+    for kind, name in (("network", "network"), ("pid", "PID"), ("ipc", "IPC"), ("uts", "UTS")):
+        if kind not in given:
+            found.append(
+                Problem(f"a virtual machine has a kernel of its own: it cannot use the host's {name} namespace", _HINT)
+            )
+    for kind, path in given.items():
+        if path:
+            found.append(Problem(f"a virtual machine cannot join the {kind} namespace {path}", _HINT))
+    if "user" in given:
+        found.append(Problem("a virtual machine does not support user namespaces", _HINT))
+    return found
+
+
+def _propagation_problems(plan: LaunchPlan) -> list[Problem]:
+    for mount in plan.config.get("mounts") or ():
+        if is_bind(mount) and {"shared", "rshared"} & set(mount.get("options") or ()):
+            return [
+                Problem(f"{mount['destination']}: mounts do not propagate between a virtual machine and its host", _HINT)
+            ]
+    return []
+
+
+def shares(plan: LaunchPlan) -> tuple[str, ...]:
+    """The tags of the trees that the plan needs by virtiofs."""
+    tags = [ROOT_TAG] if isinstance(plan.rootfs, Directory) else []
+    return (*tags, BINDS_TAG) if binds(plan) else tuple(tags)
