@@ -1,0 +1,38 @@
+"""Which module drives which isolation. Loaded by name, because drivers are on the same floor as the shim."""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+from ambi.core.driver import Driver
+from ambi.core.errors import InvalidRequest, Unsupported
+
+TABLE = {"container": "runtime.driver:ContainerDriver", "vm": "hyper.driver:VmDriver"}
+
+
+def preload() -> dict[str, str]:
+    """Import every driver that can be imported, so that no shim has to; returns why others could not, by isolation."""
+    failures = {}
+    for isolation, place in TABLE.items():
+        try:
+            import_module(place.partition(":")[0])
+        except ImportError as error:
+            failures[isolation] = str(error)
+    return failures
+
+
+def find(isolation: str) -> type[Driver]:
+    """The driver's class. Raises InvalidRequest for an unknown isolation, Unsupported when it is not installed."""
+    if isolation not in TABLE:
+        raise InvalidRequest(f"unknown isolation '{isolation}'; there are {', '.join(TABLE)}")
+    module, _, name = TABLE[isolation].partition(":")
+    try:
+        found: type[Driver] = getattr(import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise Unsupported(f"the driver for isolation '{isolation}' cannot be loaded: {error}") from error
+    return found
+
+
+def load(isolation: str) -> Driver:
+    """A driver for `isolation`; errors as `find`."""
+    return find(isolation)()

@@ -1,0 +1,378 @@
+"""The shim: supervises one run of one instance; parent of init, owner of stdio and log, keeper of the exit status.
+
+    new ──start──> running ──init ended, output read──> ended (exit.json, exit event, delete), then the process exits
+      └──delete, a failed start, or nobody is left who could ask──────────────────────────────────┘
+
+Requests are handled between two turns of the loop. A driver may turn the loop inside a call of its own; then only pumps and
+its own watches run.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import socket
+from collections import deque
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ambi.core.deadline import Deadline
+from ambi.core.driver import Created, Driver
+from ambi.core.errors import AmbiError, Conflict, Internal, InvalidRequest, NotFound, from_os_error
+from ambi.core.loop import Loop
+from ambi.core.model import ExitStatus
+from ambi.core.plan import LaunchPlan
+from ambi.core.undo import Undo
+from ambi.shim import drivers, leave, logread, record
+from ambi.shim.attach import Attach, Hub
+from ambi.shim.control import Control, Request
+from ambi.shim.log import LogWriter
+from ambi.shim.session import Session
+
+DELETE_SECONDS = 30.0  # what a driver may take to remove things when nobody said otherwise
+START_SECONDS = 120.0
+KEPT_EXECS = 128
+EXEC_GRACE_SECONDS = 1.0  # how long the exit of init waits for the ends of its execs
+LOST = ExitStatus(137, "killed; its end could not be observed")
+
+
+class Spec(NamedTuple):
+    """What the zygote was asked for. home: a descriptor of the engines' mount namespace."""
+
+    id: str
+    isolation: str
+    data_dir: str
+    run_dir: str
+    run_root: str
+    home: int
+
+
+class Shim:
+    """State of one supervised run; `turn` is called until `done`."""
+
+    def __init__(self, spec: Spec, loop: Loop, control: Control) -> None:
+        self.spec = spec
+        self.loop = loop
+        self.control = control
+        self.done = False
+        self._phase = "new"  # then "running", "ended"
+        self._driver: Driver | None = None
+        self._created: Created | None = None
+        self._hub = Hub(loop, spec.data_dir, terminal=False, stdin_once=False)
+        self._hub.on_detach = lambda: self.control.event({"event": "detach", "exec_id": None})
+        self._log: LogWriter | None = None
+        self._init: Session | None = None
+        self._size: tuple[int, int] | None = None
+        self._execs: dict[str, Session] = {}
+        self._past_execs: dict[str, tuple[int, ExitStatus]] = {}  # the last KEPT_EXECS that ended: pid and exit
+        self._slow: list[Hub] = []  # of ended execs that still have clients
+        self._deletions: list[Request] = []
+        self._todo: deque[Callable[[], None]] = deque()  # for the next turn, outside of a driver's calls
+
+    def turn(self) -> None:
+        """One round: wait for something, then handle what came."""
+        self.loop.step()
+        while self._todo or self.control.requests:
+            if self._todo:
+                self._todo.popleft()()
+            else:
+                self._handle(self.control.requests.popleft())
+        if self._phase == "new" and not self.control.connected and not self._hub.clients:
+            self.done = True
+
+    # Requests
+
+    def _handle(self, request: Request) -> None:
+        name = request.body.get("op")
+        handler = HANDLERS.get(name) if isinstance(name, str) else None
+        try:
+            if handler is None:
+                raise InvalidRequest(f"shim knows no operation {name!r}")
+            result = handler(self, request)
+        except AmbiError as error:
+            request.fail(error)
+        except OSError as error:
+            request.fail(from_os_error(f"shim of {self.spec.id[:12]} cannot do '{name}'", error))
+        except (KeyError, TypeError, ValueError) as error:
+            request.fail(InvalidRequest(f"'{name}' is not complete: {describe(error)}"))
+        except Exception as error:  # a bug in a driver must not take the instance with it
+            request.fail(Internal(f"'{name}' failed: {describe(error)}", hint="the run root's zygote.log has more"))
+            trace(error)
+        else:
+            if result is not None:
+                request.answer(result)
+
+    def start(self, request: Request) -> dict[str, Any]:
+        if self._phase != "new":
+            raise Conflict(f"instance {self.spec.id[:12]} has been started already")
+        by = Deadline.after(float(request.body.get("by_s") or START_SECONDS))
+        try:
+            pid = self._launch(by)
+        except BaseException:
+            if self._init is not None:
+                self._init.abandon()
+            else:
+                self._hub.end()
+            self.done = True
+            raise
+        self._phase = "running"
+        gc.freeze()  # what is there now stays for the whole run
+        return {"pid": pid}
+
+    def _launch(self, by: Deadline) -> int:
+        plan = LaunchPlan.load(Path(self.spec.data_dir))
+        supervision = plan.supervision
+        terminal = bool((plan.config.get("process") or {}).get("terminal"))
+        self._hub.terminal, self._hub.stdin_once = terminal, supervision.stdin_once
+        if supervision.log is not None:
+            self._log = LogWriter(str(supervision.log), supervision.log_max_bytes, supervision.log_max_files)
+        self._driver = drivers.load(plan.isolation.value)
+        with Undo() as undo:
+            created = self._driver.create(plan, undo, by, self.loop)
+            undo.keep()
+        self._created = created
+        try:
+            self._init = Session(self.loop, self._hub, self._log, lambda _: self._todo.append(self._init_ended))
+            self._init.run(created.init)
+            if self._size is not None and terminal:
+                created.init.resize(*self._size)
+            created.start(by)
+        except BaseException:
+            created.delete(Deadline.after(DELETE_SECONDS))
+            raise
+        return created.init.pid
+
+    def attach(self, request: Request) -> dict[str, Any]:
+        options = Attach.from_wire(request.body)
+        if self._phase == "ended":
+            raise Conflict(f"instance {self.spec.id[:12]} has ended")
+        sock = _take_socket(request)
+        self._hub.attach(sock, options, self._past() if options.logs else ())
+        return {}
+
+    def _past(self) -> Iterator[tuple[int, bytes]]:
+        """What has been logged so far, and what is printed but waits for its newline."""
+        supervision = LaunchPlan.load(Path(self.spec.data_dir)).supervision
+        if supervision.log is None:
+            return
+        for entry in logread.entries(supervision.log):
+            yield (2 if entry.stream == "stderr" else 1), entry.line
+        if self._log is not None:
+            for stream in (1, 2):
+                if held := self._log.held(stream):
+                    yield stream, held
+
+    def exec(self, request: Request) -> dict[str, Any]:
+        body = request.body
+        exec_id, process = body["exec_id"], body["process"]
+        if self._created is None or self._phase != "running":
+            raise Conflict(f"instance {self.spec.id[:12]} is not running")
+        if not isinstance(exec_id, str) or not isinstance(process, dict) or exec_id in self._execs:
+            raise InvalidRequest("exec: 'exec_id' must be new and 'process' an object")
+        hub = Hub(self.loop, self.spec.data_dir, terminal=bool(process.get("terminal")), stdin_once=True)
+        hub.on_detach = lambda: self.control.event({"event": "detach", "exec_id": exec_id})
+        if body.get("attach") is not None:
+            options = Attach.from_wire(body["attach"])
+            hub.attach(_take_socket(request), options)
+        session = Session(self.loop, hub, None, lambda s: self._todo.append(lambda: self._exec_ended(exec_id, s)))
+        by = Deadline.after(float(body.get("by_s") or START_SECONDS))
+        try:
+            started = self._created.exec(process, bool(body.get("stdin")), by)
+        except AmbiError as error:
+            hub.output(1, f"{error.message}\r\n".encode())
+            hub.end()
+            raise
+        except BaseException:
+            hub.end()
+            raise
+        self._execs[exec_id] = session
+        session.run(started)
+        return {"pid": started.pid}
+
+    def signal(self, request: Request) -> dict[str, Any]:
+        number = int(request.body["signal"])
+        session = self._session(request.body.get("exec_id"))
+        if session.process is not None:
+            session.process.signal(number)
+        return {}
+
+    def resize(self, request: Request) -> dict[str, Any]:
+        size = int(request.body["rows"]), int(request.body["columns"])
+        if not all(0 < n < 65536 for n in size):
+            raise InvalidRequest(f"a terminal cannot have {size[0]} rows and {size[1]} columns")
+        if self._phase == "new" and request.body.get("exec_id") is None:
+            self._size = size
+            return {}
+        session = self._session(request.body.get("exec_id"))
+        if session.process is not None:
+            session.process.resize(*size)
+        return {}
+
+    def state(self, _request: Request) -> dict[str, Any]:
+        status = self._running().state().value if self._phase == "running" else {"new": "created"}.get(self._phase, "exited")
+        init = self._init
+        return {
+            "status": status,
+            "pid": self._created.init.pid if self._created else 0,
+            "exit": init.exit._asdict() if init and init.exit else None,
+            "execs": self._exec_states(),
+        }
+
+    def _exec_states(self) -> dict[str, Any]:
+        running = {n: {"pid": s.process.pid if s.process else 0, "exit": None} for n, s in self._execs.items()}
+        return running | {n: {"pid": pid, "exit": status._asdict()} for n, (pid, status) in self._past_execs.items()}
+
+    def usage(self, _request: Request) -> dict[str, Any]:
+        return self._running().usage()._asdict()
+
+    def processes(self, _request: Request) -> dict[str, Any]:
+        return {"processes": self._running().processes()}
+
+    def delete(self, request: Request) -> None:
+        """Answered at the end of the run, which this brings about."""
+        self._deletions.append(request)
+        if self._phase == "new":
+            self._end(None)
+        elif self._phase == "running" and self._init is not None and self._init.exit is None:
+            assert self._init.process is not None
+            self._init.process.signal(9)
+            self.loop.later(float(request.body.get("by_s") or DELETE_SECONDS), self._force)
+
+    # The end of a run
+
+    def _force(self) -> None:
+        """SIGKILL has not been enough in time: end the run without init's own report."""
+        if self._phase == "running" and self._init is not None:
+            self._init.end(LOST)
+
+    def _init_ended(self) -> None:
+        """The ends of the execs come first, when they come soon: they died with init."""
+        if self._execs:
+            self.loop.later(EXEC_GRACE_SECONDS, lambda: self._todo.append(self._run_ended))
+        else:
+            self._run_ended()
+
+    def _exec_ended(self, exec_id: str, session: Session) -> None:
+        assert session.exit is not None and session.process is not None
+        self._execs.pop(exec_id, None)
+        self._past_execs[exec_id] = (session.process.pid, session.exit)
+        if len(self._past_execs) > KEPT_EXECS:
+            del self._past_execs[next(iter(self._past_execs))]
+        self._slow = [hub for hub in (*self._slow, session.hub) if hub.clients]
+        self.control.event({"event": "exec_exit", "exec_id": exec_id, "exit": session.exit._asdict()})
+        if self._init is not None and self._init.finished and not self._execs:
+            self._run_ended()
+
+    def _run_ended(self) -> None:
+        if self._phase == "running" and self._init is not None and self._init.exit is not None:
+            self._end(self._init.exit)
+
+    def _end(self, status: ExitStatus | None) -> None:
+        """The order of PROTOCOL.md, "How a run ends"; `status` is None when nothing has run."""
+        self._phase = "ended"
+        for session in self._execs.values():
+            session.end(LOST)
+        self._hub.end()
+        if self._log is not None:
+            self._log.close()
+        waiting = None
+        if status is not None:
+            status = leave.write_exit(self.spec.data_dir, status)
+            if not self.control.event({"event": "exit", "exit": status._asdict()}):
+                waiting = leave.Notice(leave.Parting(self.spec.id, self.spec.run_root, self.spec.home), status)
+                waiting.send()
+        failure = self._delete()
+        for request in self._deletions:
+            if failure is None:
+                request.answer({})
+            else:
+                request.fail(failure)
+        if waiting is not None:
+            waiting.wait(self.loop, lambda: self.control.connected)
+        self.done = True
+
+    def _delete(self) -> AmbiError | None:
+        if self._created is None:
+            return None
+        by_s = max((float(r.body.get("by_s") or DELETE_SECONDS) for r in self._deletions), default=DELETE_SECONDS)
+        try:
+            self._created.delete(Deadline.after(by_s))
+        except AmbiError as error:
+            trace(error)
+            return error
+        except Exception as error:
+            trace(error)
+            return Internal(f"cannot remove what the run of {self.spec.id[:12]} left: {describe(error)}")
+        return None
+
+    def hubs(self) -> list[Hub]:
+        """The hubs that may still have clients to serve."""
+        return [self._hub, *self._slow, *(session.hub for session in self._execs.values())]
+
+    # Small things
+
+    def _running(self) -> Created:
+        if self._created is None or self._phase != "running":
+            raise Conflict(f"instance {self.spec.id[:12]} is not running")
+        return self._created
+
+    def _session(self, exec_id: Any) -> Session:
+        if exec_id is not None:
+            if exec_id not in self._execs:
+                raise NotFound(f"no such exec: {exec_id}")
+            return self._execs[exec_id]
+        if self._init is None or self._phase != "running":
+            raise Conflict(f"instance {self.spec.id[:12]} is not running")
+        return self._init
+
+
+HANDLERS: dict[str, Callable[[Shim, Request], dict[str, Any] | None]] = {
+    "start": Shim.start,
+    "attach": Shim.attach,
+    "exec": Shim.exec,
+    "signal": Shim.signal,
+    "resize": Shim.resize,
+    "state": Shim.state,
+    "usage": Shim.usage,
+    "processes": Shim.processes,
+    "delete": Shim.delete,
+}
+
+
+def supervise(spec: Spec, sock: socket.socket) -> int:
+    """Be the shim of `spec`, with `sock` as the first control connection. Returns the process's exit status."""
+    os.setsid()
+    os.makedirs(spec.run_dir, 0o700, exist_ok=True)
+    record.write(spec.run_dir)
+    loop = Loop()
+    control = Control(loop, os.path.join(spec.run_dir, record.SOCKET))
+    control.add(sock)
+    shim = Shim(spec, loop, control)
+    while not shim.done:
+        shim.turn()
+    control.close()
+    leave.serve_on(shim.hubs())
+    return 0
+
+
+def describe(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
+def trace(error: BaseException) -> None:
+    """A line for the zygote's log with the calls that led to `error`; `traceback` would cost memory in each shim."""
+    calls, at = [], error.__traceback__
+    while at is not None:
+        calls.append(f"{os.path.basename(at.tb_frame.f_code.co_filename)}:{at.tb_lineno}")
+        at = at.tb_next
+    try:
+        os.write(2, f"shim[{os.getpid()}]: {describe(error)} ({' > '.join(calls)})\n".encode(errors="replace"))
+    except OSError:
+        pass
+
+
+def _take_socket(request: Request) -> socket.socket:
+    if len(request.message.fds) != 1:
+        raise InvalidRequest(f"attach: wants one descriptor, not {len(request.message.fds)}")
+    return socket.socket(fileno=request.message.fds.pop())
