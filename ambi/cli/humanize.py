@@ -1,0 +1,132 @@
+"""Sizes, times and command lines as docker prints them, and as people type them."""
+
+from __future__ import annotations
+
+import json
+import time
+
+from ambi.core.errors import InvalidRequest
+
+_DECIMAL = ("B", "kB", "MB", "GB", "TB", "PB")
+_BINARY = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
+_SUFFIXES = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40, "p": 1 << 50}
+_DURATION_UNITS = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
+
+
+def size(count: float, digits: int = 3) -> str:
+    """`1.22MB`: powers of 1000, as `docker images`."""
+    return _scaled(count, 1000, _DECIMAL, digits)
+
+
+def binary_size(count: float) -> str:
+    """`1.164MiB`: powers of 1024, as `docker stats`."""
+    return _scaled(count, 1024, _BINARY, 4)
+
+
+def _scaled(count: float, base: int, units: tuple[str, ...], digits: int) -> str:
+    unit = 0
+    while count >= base and unit < len(units) - 1:
+        count /= base
+        unit += 1
+    return f"{count:.{digits}g}{units[unit]}" if count < 10**digits else f"{count:.0f}{units[unit]}"
+
+
+def duration(seconds: float) -> str:
+    """`About an hour`, `3 weeks`: go-units' HumanDuration."""
+    whole = int(seconds)
+    minutes, hours = int(seconds / 60), int(seconds / 3600 + 0.5)
+    if whole < 1:
+        return "Less than a second"
+    if whole == 1:
+        return "1 second"
+    if whole < 60:
+        return f"{whole} seconds"
+    if minutes == 1:
+        return "About a minute"
+    if minutes < 60:
+        return f"{minutes} minutes"
+    if hours == 1:
+        return "About an hour"
+    if hours < 48:
+        return f"{hours} hours"
+    if hours < 24 * 7 * 2:
+        return f"{hours // 24} days"
+    if hours < 24 * 30 * 2:
+        return f"{hours // 24 // 7} weeks"
+    if hours < 24 * 365 * 2:
+        return f"{hours // 24 // 30} months"
+    return f"{int(seconds / 3600) // 24 // 365} years"
+
+
+def ago(epoch_seconds: float) -> str:
+    return f"{duration(time.time() - epoch_seconds)} ago" if epoch_seconds > 0 else "N/A"
+
+
+def shorten(text: str, limit: int) -> str:
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def quoted(text: str) -> str:
+    """A command as the column COMMAND shows it: in double quotes, specials escaped."""
+    return json.dumps(text, ensure_ascii=False)
+
+
+def local_time(epoch_seconds: float) -> str:
+    """`2026-11-24 11:40:36 +0000 UTC`, as Go prints a local time."""
+    at = time.localtime(epoch_seconds)
+    return time.strftime("%Y-%m-%d %H:%M:%S %z %Z", at)
+
+
+def parse_size(flag: str, text: str) -> int:
+    """Bytes of `64m`, `1.5g`, `512`; powers of 1024. Raises InvalidRequest."""
+    lower = text.strip().lower().removesuffix("b").removesuffix("i")
+    number, suffix = (lower[:-1], lower[-1]) if lower and lower[-1].isalpha() else (lower, "")
+    digits = number.strip()
+    if suffix not in _SUFFIXES or not digits.replace(".", "", 1).isdigit():
+        hint = "a size looks like 512m, 1.5g or 1048576"
+        raise InvalidRequest(f"invalid value for {flag}: '{text}' is no size", hint=hint)
+    return int(float(digits) * _SUFFIXES[suffix]) if "." in digits else int(digits) * _SUFFIXES[suffix]
+
+
+def parse_duration(text: str) -> float | None:
+    """Seconds of a Go duration (`1h30m`, `500ms`), None when it is none."""
+    rest, total = text, 0.0
+    while rest:
+        end = 0
+        while end < len(rest) and (rest[end].isdigit() or rest[end] == "."):
+            end += 1
+        unit_end = end
+        while unit_end < len(rest) and not (rest[unit_end].isdigit() or rest[unit_end] == "."):
+            unit_end += 1
+        try:
+            total += float(rest[:end]) * _DURATION_UNITS[rest[end:unit_end]]
+        except (ValueError, KeyError):
+            return None
+        rest = rest[unit_end:]
+    return total if text else None
+
+
+def parse_time(flag: str, text: str) -> str:
+    """What the API takes for `--since` and `--until`: seconds since the epoch with nine decimals.
+
+    text: `42m` (ago), RFC 3339 with or without zone or time, or seconds since the epoch. Raises InvalidRequest.
+    """
+    ago_seconds = parse_duration(text)
+    if ago_seconds is not None:
+        return f"{time.time() - ago_seconds:.9f}"
+    if text.replace(".", "", 1).isdigit():
+        whole, _, fraction = text.partition(".")
+        return f"{whole or 0}.{fraction:0<9.9}"
+    from datetime import datetime
+
+    head, dot, tail = text.partition(".")
+    fraction = ""
+    if dot:  # datetime takes six digits of a fraction, the log has nine
+        while tail and tail[0].isdigit():
+            fraction, tail = fraction + tail[0], tail[1:]
+    try:
+        at = datetime.fromisoformat(head + tail)
+    except ValueError:
+        hint = "a time looks like 42m, 2026-01-02T13:23:37Z or 1767359017"
+        raise InvalidRequest(f"invalid value for {flag}: '{text}' is no time", hint=hint) from None
+    return f"{int(at.timestamp())}.{fraction:0<9.9}"

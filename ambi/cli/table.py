@@ -1,0 +1,54 @@
+"""Rows as docker lays them out: columns three blanks apart and at least ten wide, or one template a row, or JSON."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+
+from ambi.cli.template import Template
+
+GAP, MIN_WIDTH = 3, 10
+
+Row = Mapping[str, object]
+
+
+def render(rows: Iterable[Sequence[str]]) -> str:
+    """Lines of aligned columns; the last column of a row is not padded."""
+    table = [[cell.replace("\t", " ").replace("\n", " ") for cell in row] for row in rows]
+    widths: list[int] = []
+    for row in table:
+        for place, cell in enumerate(row[:-1]):
+            if place == len(widths):
+                widths.append(MIN_WIDTH)
+            widths[place] = max(widths[place], len(cell) + GAP)
+    lines = ("".join(cell.ljust(width) for cell, width in zip(row, [*widths, 0], strict=False)) for row in table)
+    return "".join(f"{line}\n" for line in lines)
+
+
+class Columns:
+    """The columns of one command: placeholder to header, in docker's order, and which are shown when nothing is asked."""
+
+    __slots__ = ("_headers", "_shown")
+
+    def __init__(self, headers: Mapping[str, str], shown: Sequence[str]) -> None:
+        self._headers = headers
+        self._shown = shown
+
+    def show(self, rows: Iterable[Row], template: str | None, *, shown: Sequence[str] | None = None) -> None:
+        """Print `rows` (placeholder to value) as `--format` asks: None or `table`, `json`, `table TEMPLATE`, TEMPLATE."""
+        out = sys.stdout.write
+        if template == "json":
+            for row in rows:
+                out(json.dumps({key: row[key] for key in sorted(self._headers) if key in row}, ensure_ascii=False) + "\n")
+        elif template is None or template == "table":
+            names = shown or self._shown
+            out(render([[self._headers[n] for n in names], *([str(row[n]) for n in names] for row in rows)]))
+        elif template.startswith("table"):
+            compiled = Template(template.removeprefix("table").strip(), self._headers)
+            lines = [compiled.render(self._headers), *(compiled.render(row) for row in rows)]
+            out(render(line.split("\t") for line in lines))
+        else:
+            compiled = Template(template, self._headers)
+            for row in rows:
+                out(compiled.render(row) + "\n")
