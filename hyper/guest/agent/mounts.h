@@ -1,0 +1,12 @@
+/* The OCI mounts: values of config.json turned into mounts of the new API. */
+#ifndef AGENT_MOUNTS_H
+#define AGENT_MOUNTS_H
+
+#include "setup.h"
+
+/* Mount `m` below `root`; sources of binds are below `binds`. */
+int mounts_apply(int root, int binds, const struct mount *m, struct error *e);
+/* Attach the tree of `source` (an O_PATH descriptor) to `target`; attributes are MOUNT_ATTR_*, for the whole tree. */
+int mounts_bind(int source, int target, uint64_t attributes);
+
+#endif

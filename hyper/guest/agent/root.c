@@ -1,0 +1,121 @@
+/* The workload's root file system, in the agent's own mount namespace. */
+#include "modules.h"
+#include "setup.h"
+
+#include <dirent.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mount.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+enum { MAX_LAYERS = 127 };
+
+/* The kernel's name (`vda`) of the virtio disk with this serial number. */
+static int find_disk(const char *serial, char *name, size_t size, struct error *e) {
+    DIR *disks = opendir("/sys/block");
+    bool found = false;
+    if (!disks)
+        return fail_errno(e, errno, "cannot read /sys/block in the guest");
+    for (struct dirent *entry; !found && (entry = readdir(disks));) {
+        char path[320], text[64];
+        snprintf(path, sizeof(path), "/sys/block/%s/serial", entry->d_name);
+        if (entry->d_name[0] == '.' || read_file(path, text, sizeof(text)) < 0)
+            continue;
+        text[strcspn(text, "\n")] = 0;
+        if (strcmp(text, serial) == 0)
+            found = snprintf(name, size, "%s", entry->d_name) < (int)size;
+    }
+    closedir(disks);
+    return found ? 0 : fail(e, "NotFound", "the guest has no disk with serial number '%s'", serial);
+}
+
+static int mount_disk(const struct setup *setup, struct error *e) {
+    char name[32], device[48];
+    mkdir(DISK, 0700);
+    if (!setup->disk) {
+        if (mount("tmpfs", DISK, "tmpfs", MS_NOSUID | MS_NODEV, "mode=700") < 0)
+            return fail_errno(e, errno, "cannot mount a tmpfs for the root's changes");
+    } else {
+        if (find_disk("disk", name, sizeof(name), e) < 0)
+            return -1;
+        snprintf(device, sizeof(device), "/dev/%s", name);
+        if (mount(device, DISK, "ext4", MS_NOATIME, "") < 0)
+            return fail_errno(e, errno, "cannot mount the writable disk %s as ext4", device);
+    }
+    mkdir(DISK "/fs", 0755);
+    mkdir(DISK "/work", 0700);
+    return 0;
+}
+
+/* Layer i at LAYERS/i: names that are short, so that 127 of them fit into the one page that mount(2) takes. */
+static int mount_layers(const struct setup *setup, struct error *e) {
+    char name[32];
+    if (setup->layers > MAX_LAYERS)
+        return fail(e, "Unsupported", "%llu layers: at most %d", (unsigned long long)setup->layers, MAX_LAYERS);
+    if (find_disk("layers", name, sizeof(name), e) < 0)
+        return -1;
+    modules_load("erofs");
+    mkdir(LAYERS, 0700);
+    for (unsigned i = 0; i < setup->layers; i++) {
+        char device[64], target[32];
+        snprintf(device, sizeof(device), "/dev/%s%u", name, i + 1);
+        snprintf(target, sizeof(target), LAYERS "/%u", i);
+        mkdir(target, 0700);
+        if (mount(device, target, "erofs", MS_RDONLY, "") < 0)
+            return fail_errno(e, errno, "cannot mount layer %u (%s) as EROFS", i + 1, device);
+    }
+    return 0;
+}
+
+static int mount_overlay(const struct setup *setup, struct error *e) {
+    char options[4096];
+    size_t used = (size_t)snprintf(options, sizeof(options), "upperdir=" DISK "/fs,workdir=" DISK "/work,lowerdir=");
+    for (unsigned i = (unsigned)setup->layers; i-- > 0;)
+        used += (size_t)snprintf(options + used, sizeof(options) - used, "%u%s", i, i ? ":" : "");
+    modules_load("overlay");
+    if (chdir(LAYERS) < 0)
+        return fail_errno(e, errno, "cannot enter " LAYERS);
+    int result = mount("overlay", ROOT, "overlay", 0, options);
+    int saved = errno;
+    if (chdir("/") < 0)
+        return fail_errno(e, errno, "cannot enter /");
+    return result < 0 ? fail_errno(e, saved, "cannot mount an overlay of %u layers", (unsigned)setup->layers) : 0;
+}
+
+static int mount_virtiofs(const char *tag, const char *target, struct error *e) {
+    modules_load("virtiofs");
+    mkdir(target, 0755);
+    if (mount(tag, target, "virtiofs", 0, "") < 0)
+        return fail_errno(e, errno, "cannot mount the shared directory '%s'", tag);
+    return 0;
+}
+
+static bool is_bind(const struct mount *mount) {
+    for (size_t i = 0; i < mount->options.count; i++)
+        if (strcmp(mount->options.at[i], "bind") == 0 || strcmp(mount->options.at[i], "rbind") == 0)
+            return true;
+    return strcmp(mount->type, "bind") == 0;
+}
+
+int root_assemble(const struct setup *setup, struct error *e) {
+    mkdir(ROOT, 0755);
+    if (mount_disk(setup, e) < 0)
+        return -1;
+    if (setup->root_tag) {
+        if (mount_virtiofs(setup->root_tag, ROOT, e) < 0)
+            return -1;
+    } else if (setup->layers == 0) {
+        if (mount(DISK "/fs", ROOT, NULL, MS_BIND, NULL) < 0)
+            return fail_errno(e, errno, "cannot use the writable disk as root");
+    } else if (mount_layers(setup, e) < 0 || mount_overlay(setup, e) < 0) {
+        return -1;
+    }
+    for (size_t i = 0; i < setup->mount_count; i++)
+        if (is_bind(&setup->mounts[i]))
+            return mount_virtiofs("binds", BINDS, e);
+    return 0;
+}
