@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 from hyper.guest.build import build_agent
-from hyper.guest.store import INITRAMFS
 
 _ALIGNMENT = 512
 
@@ -29,7 +28,19 @@ class Entry(NamedTuple):
     device: tuple[int, int] = (0, 0)
 
 
-def newc(entries: Iterable[Entry]) -> bytes:
+def directory(name: str, mode: int = 0o755) -> Entry:
+    return Entry(name, stat.S_IFDIR | mode)
+
+
+def file(name: str, data: bytes, mode: int) -> Entry:
+    return Entry(name, stat.S_IFREG | mode, data)
+
+
+def character_device(name: str, major: int, minor: int, mode: int) -> Entry:
+    return Entry(name, stat.S_IFCHR | mode, device=(major, minor))
+
+
+def cpio(entries: Iterable[Entry]) -> bytes:
     """Linux's Documentation/driver-api/early-userspace/buffer-format.rst."""
     archive = bytearray()
     for number, entry in enumerate((*entries, Entry("TRAILER!!!", 0)), 1):
@@ -42,38 +53,28 @@ def newc(entries: Iterable[Entry]) -> bytes:
     return bytes(archive) + bytes(-len(archive) % _ALIGNMENT)
 
 
-def entries(agent: bytes, modules: Path) -> list[Entry]:
+def contents(agent: bytes, modules: Path) -> list[Entry]:
     """What the guest's first root has in it. The console's node is there for the kernel's own opening of it."""
-    directories = [Entry(name, stat.S_IFDIR | 0o755) for name in ("dev", "proc", "sys", "run", "modules")]
-    files = [
-        Entry("init", stat.S_IFREG | 0o755, agent),
-        Entry("dev/console", stat.S_IFCHR | 0o600, device=(5, 1)),
-        Entry("dev/null", stat.S_IFCHR | 0o666, device=(1, 3)),
+    return [
+        *(directory(name) for name in ("dev", "proc", "sys", "run", "modules")),
+        file("init", agent, 0o755),
+        character_device("dev/console", 5, 1, 0o600),
+        character_device("dev/null", 1, 3, 0o666),
+        *(file(f"modules/{path.name}", path.read_bytes(), 0o600) for path in sorted(modules.iterdir())),
     ]
-    chosen = [Entry(f"modules/{path.name}", stat.S_IFREG | 0o600, path.read_bytes()) for path in sorted(modules.iterdir())]
-    return directories + files + chosen
 
 
 def build_initramfs(kernel: Path) -> Path:
-    """The initramfs of the kernel in directory `kernel`, made unless it is there, and what `initramfs.cpio` points to."""
+    """The initramfs of the kernel in directory `kernel`, made unless it is there; older ones go."""
     agent = build_agent(kernel.parent)
-    archive = newc(entries(agent.read_bytes(), kernel / "modules"))
+    archive = cpio(contents(agent.read_bytes(), kernel / "modules"))
     made = kernel / f"initramfs-{hashlib.sha256(archive).hexdigest()[:12]}.cpio"
     if not made.exists():
-        with tempfile.NamedTemporaryFile(dir=kernel, prefix=".initramfs-", delete=False) as file:
-            file.write(archive)
-            os.fchmod(file.fileno(), 0o644)
-        os.rename(file.name, made)
-    _point(kernel / INITRAMFS, made.name)
+        with tempfile.NamedTemporaryFile(dir=kernel, prefix=".initramfs-", delete=False) as scratch:
+            scratch.write(archive)
+            os.fchmod(scratch.fileno(), 0o644)
+        os.rename(scratch.name, made)
     for old in kernel.glob("initramfs-*.cpio"):
         if old != made:
             old.unlink()
     return made
-
-
-def _point(link: Path, target: str) -> None:
-    if link.is_symlink() and os.readlink(link) == target:
-        return
-    scratch = link.with_name(f".{link.name}-{os.getpid()}")
-    scratch.symlink_to(target)
-    os.rename(scratch, link)

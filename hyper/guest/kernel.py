@@ -47,8 +47,7 @@ def fetch_kernel(guest_dir: Path, *, package: str = PACKAGE, say: Say = lambda t
         NotFound: apt does not know the package.
         Unavailable: it could not be downloaded.
     """
-    for tool, needed in (("apt-get", "apt"), ("dpkg-deb", "dpkg"), ("depmod", "kmod")):
-        _need(tool, needed)
+    _need_tools()
     image = _resolve(package, say)
     known = _known(guest_dir, image)
     if known:
@@ -58,8 +57,30 @@ def fetch_kernel(guest_dir: Path, *, package: str = PACKAGE, say: Say = lambda t
         say(f"downloading {image}")
         archive = _download(image, Path(scratch))
         say(f"unpacking {archive.name}")
-        made = _unpack(archive, image, Path(scratch))
+        made = _prepare(archive, image, Path(scratch))
         return _publish(made, guest_dir / made.name)
+
+
+def download_package(into: Path, *, package: str = PACKAGE, say: Say = lambda text: None) -> Path:
+    """The newest kernel's archive of `package`, in the directory `into`. Raises as fetch_kernel."""
+    _need_tools()
+    return _download(_resolve(package, say), into)
+
+
+def unpack_package(archive: Path, tree: Path) -> str:
+    """Unpacks a kernel's archive below `tree` (boot/vmlinuz-RELEASE, lib/modules/RELEASE); the release. Raises Corrupt."""
+    run = _run(["dpkg-deb", "-x", str(archive), str(tree)])
+    if run.returncode:
+        raise Corrupt(f"cannot unpack {archive.name}: {run.stderr.strip()}", hint="apt-get clean, then try again")
+    images = sorted((tree / "boot").glob("vmlinuz-*"))
+    if not images:
+        raise Corrupt(f"{archive.name} has no kernel in /boot")
+    return images[0].name.removeprefix("vmlinuz-")
+
+
+def _need_tools() -> None:
+    for tool, needed in (("apt-get", "apt"), ("dpkg-deb", "dpkg"), ("depmod", "kmod")):
+        _need(tool, needed)
 
 
 def _need(tool: str, package: str) -> str:
@@ -120,19 +141,14 @@ def _download(image: str, scratch: Path) -> Path:
     return archives[0]
 
 
-def _unpack(archive: Path, image: str, scratch: Path) -> Path:
+def _prepare(archive: Path, image: str, scratch: Path) -> Path:
+    """A directory as store.py describes it, but for the initramfs."""
     tree = scratch / "tree"
-    run = _run(["dpkg-deb", "-x", str(archive), str(tree)])
-    if run.returncode:
-        raise Corrupt(f"cannot unpack {archive.name}: {run.stderr.strip()}", hint="apt-get clean, then try again")
-    images = sorted((tree / "boot").glob("vmlinuz-*"))
-    if not images:
-        raise Corrupt(f"{archive.name} has no kernel in /boot")
-    release = images[0].name.removeprefix("vmlinuz-")
+    release = unpack_package(archive, tree)
     made = scratch / release
     made.mkdir()
-    shutil.copyfile(images[0], made / "vmlinuz")
-    kernel = images[0].read_bytes()
+    kernel = (tree / "boot" / f"vmlinuz-{release}").read_bytes()
+    (made / "vmlinuz").write_bytes(kernel)
     vmlinux = extract_vmlinux(kernel)
     if vmlinux:
         (made / "vmlinux").write_bytes(vmlinux)
