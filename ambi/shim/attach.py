@@ -7,7 +7,7 @@ with a terminal alone. Several clients may be attached at once, all get the outp
 
 from __future__ import annotations
 
-import base64
+import binascii
 import socket
 import struct
 from collections.abc import Callable, Iterable
@@ -41,7 +41,7 @@ class Attach(NamedTuple):
             if not all(isinstance(value, bool) for value in flags.values()):
                 raise ValueError("a flag is not a boolean")
             keys = bytes(body.get("detach_keys") or [])
-            pending = base64.b64decode(body.get("pending") or "", validate=True)
+            pending = binascii.a2b_base64(body.get("pending") or "", strict_mode=True)
         except (ValueError, TypeError, AttributeError) as error:
             raise InvalidRequest(f"attach: {error}") from error
         return cls(**flags, detach_keys=keys, pending=pending)

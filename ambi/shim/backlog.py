@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import secrets
 from collections import deque
 
 from ambi.core.errors import StorageFull
@@ -106,7 +105,7 @@ def _unlinked(directory: str) -> int:
     try:
         return os.open(directory, os.O_RDWR | os.O_TMPFILE | os.O_CLOEXEC, 0o600)
     except OSError:  # not every file system has O_TMPFILE
-        path = os.path.join(directory, f".spool-{secrets.token_hex(8)}")
+        path = os.path.join(directory, f".spool-{os.urandom(8).hex()}")
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         os.unlink(path)
         return fd

@@ -127,7 +127,7 @@ def _pieces(line: bytes) -> list[str]:
     end = len(line)
     newline = line.endswith(b"\n")
     body = end - newline
-    cuts = [line[at : at + CUT] for at in range(0, body, CUT)] or [b""]
+    cuts = [line[at : min(at + CUT, body)] for at in range(0, body, CUT)] or [b""]
     if newline:
         cuts[-1] += b"\n"
     return [quote(piece.decode("utf-8", "surrogateescape")) for piece in cuts]

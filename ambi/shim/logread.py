@@ -12,6 +12,7 @@ import select
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from itertools import chain
 from typing import Literal, NamedTuple
 
 from ambi.linux import inotify
@@ -62,13 +63,11 @@ def _tailed(path: str, tail: int | None, follow: Follow | None, until_ns: int | 
     reader = _Reader(path, tail)
     try:
         joiner = _Joiner()
-        if tail is None:
-            yield from joiner.join(reader.read())
-        else:
-            yield from deque(joiner.join(reader.read()), tail)
+        present = joiner.join(reader.read()) if follow is not None else chain(joiner.join(reader.read()), joiner.rest())
+        yield from present if tail is None else deque(present, tail)
         if follow is not None:
             yield from _follow(reader, joiner, follow, until_ns)
-        yield from joiner.rest()
+            yield from joiner.rest()
     finally:
         reader.close()
 
