@@ -69,8 +69,11 @@ def parts_of(path: str) -> list[str]:
     return found
 
 
-def make_directories(root: int, path: str, mode: int = 0o755) -> int:
-    """An O_PATH descriptor of the directory `path` below `root`, made where missing; may be NotADirectoryError."""
+def make_directories(root: int, path: str, mode: int = 0o755, links: int = 16) -> int:
+    """An O_PATH descriptor of the directory `path` below `root`, made where missing; may be NotADirectoryError.
+
+    A link whose target is missing is followed below `root`, `links` of them at most.
+    """
     parts = parts_of(path)
     try:
         return open_in_root(root, "/" + "/".join(parts), O_PATH | os.O_DIRECTORY)
@@ -79,8 +82,8 @@ def make_directories(root: int, path: str, mode: int = 0o755) -> int:
     here, done = os.dup(root), ""
     try:
         for part in parts:
+            below = _enter(root, here, part, done, mode, links)
             done += "/" + part
-            below = _enter(root, here, part, done, mode)
             os.close(here)
             here = below
         return here
@@ -89,21 +92,29 @@ def make_directories(root: int, path: str, mode: int = 0o755) -> int:
         raise
 
 
-def _enter(root: int, here: int, part: str, path: str, mode: int) -> int:
-    """The directory `path` below `root`, made as `part` of its parent `here` when it is missing."""
+def _enter(root: int, here: int, part: str, parent: str, mode: int, links: int) -> int:
+    """The directory `part` of `here`, which is `parent` below `root`; made when it is missing."""
     try:
-        return open_in_root(root, path, O_PATH | os.O_DIRECTORY)
+        return open_in_root(root, f"{parent}/{part}", O_PATH | os.O_DIRECTORY)
     except FileNotFoundError:
-        try:
-            os.mkdir(part, mode, dir_fd=here)
-        except FileExistsError:  # a dangling link: make what it points to a plain error instead of following it
-            if stat.S_ISLNK(os.lstat(part, dir_fd=here).st_mode):
-                raise FileNotFoundError(errno.ENOENT, "symbolic link to nowhere", path) from None
-        return openat2(here, part, O_PATH | os.O_DIRECTORY, RESOLVE_BENEATH | RESOLVE_NO_SYMLINKS)
+        pass
+    try:
+        os.mkdir(part, mode, dir_fd=here)
+    except FileExistsError:
+        return make_directories(root, _target_of(here, part, parent, links), mode, links - 1)
+    return openat2(here, part, O_PATH | os.O_DIRECTORY, RESOLVE_BENEATH | RESOLVE_NO_SYMLINKS)
 
 
-def make_file(root: int, path: str, mode: int = 0o644) -> int:
-    """An O_PATH descriptor of the non-directory `path` below `root`; an empty file is created when it is missing."""
+def _target_of(here: int, part: str, parent: str, links: int) -> str:
+    """Where the dangling link `part` of the directory `parent` points to, as a path below the root."""
+    if links <= 0:
+        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), f"{parent}/{part}")
+    target = os.readlink(part, dir_fd=here)
+    return target if target.startswith("/") else f"{parent}/{target}"
+
+
+def make_file(root: int, path: str, mode: int = 0o644, links: int = 16) -> int:
+    """An O_PATH descriptor of `path` below `root`, whatever it is; an empty file is created when it is missing."""
     parts = parts_of(path)
     clean = "/" + "/".join(parts)
     try:
@@ -111,10 +122,13 @@ def make_file(root: int, path: str, mode: int = 0o644) -> int:
     except FileNotFoundError:
         if not parts:
             raise
-    parent = make_directories(root, "/".join(parts[:-1]))
+    directory = "/" + "/".join(parts[:-1])
+    parent = make_directories(root, directory, links=links)
     try:
         os.close(os.open(parts[-1], os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, mode, dir_fd=parent))
         return openat2(parent, parts[-1], O_PATH, RESOLVE_BENEATH | RESOLVE_NO_SYMLINKS)
+    except FileExistsError:
+        return make_file(root, _target_of(parent, parts[-1], directory, links), mode, links - 1)
     finally:
         os.close(parent)
 
@@ -159,3 +173,8 @@ def write_in_procfs(proc: int, path: str, value: str) -> None:
         os.write(fd, value.encode())
     finally:
         os.close(fd)
+
+
+def own_directory(proc: int) -> str:
+    """The name of this process's directory in the procfs `proc`, which may be of another pid namespace."""
+    return os.readlink("self", dir_fd=proc)

@@ -1,6 +1,6 @@
 """Docker's default seccomp profile for x86-64, as a table of our own.
 
-Equal in effect to https://github.com/moby/profiles (seccomp/default.json) on x86-64, for every set of capabilities. It denies
+Equal in effect to https://github.com/moby/profiles (seccomp/default.json) on x86-64, for every capability set. It denies
 with EPERM what is not listed; a capability that the process has opens the calls that it is for.
 """
 

@@ -1,0 +1,274 @@
+"""A created or running container, as the shim sees it: its processes, its cgroup, its end."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ambi.core.deadline import Deadline
+from ambi.core.driver import Streams
+from ambi.core.errors import Conflict, InvalidRequest
+from ambi.core.loop import POLLIN, Loop
+from ambi.core.model import ExitStatus, Status, Usage
+from ambi.core.undo import Undo
+from ambi.linux import process
+from runtime import exec as executor
+from runtime import spawn, terminal, top
+from runtime.cgroups.v1 import Group
+from runtime.finish import Filter
+
+
+class ContainerProcess:
+    """A process of the container, a child of the shim. Implements ambi.core.driver.Process."""
+
+    def __init__(self, pid: int, pidfd: int, streams: Streams, has_terminal: bool, group: Group) -> None:
+        self._pid, self._pidfd, self._group = pid, pidfd, group
+        self._streams, self._has_terminal = streams, has_terminal
+        self._exit: ExitStatus | None = None
+        self._oom_kills_before = group.oom_kills()
+        self.on_exit: Callable[[ExitStatus], None] | None = None
+        self.on_reaped: Callable[[], None] | None = None  # the container's own, before on_exit
+
+    @property
+    def pid(self) -> int:
+        return self._pid
+
+    @property
+    def pidfd(self) -> int:
+        return self._pidfd
+
+    @property
+    def streams(self) -> Streams:
+        return self._streams
+
+    @property
+    def exit(self) -> ExitStatus | None:
+        return self._exit
+
+    def watch(self, loop: Loop) -> None:
+        """From now on `loop` notices the end."""
+
+        def ended(_: int) -> None:
+            loop.unwatch(self._pidfd)
+            self.reap()
+
+        loop.watch(self._pidfd, POLLIN, ended)
+
+    def reap(self) -> None:
+        """Wait for the process, which has ended or is about to, and tell whoever waits."""
+        if self._exit is not None:
+            return
+        result = os.waitid(os.P_PIDFD, self._pidfd, os.WEXITED)
+        assert result is not None  # without WNOHANG
+        code = result.si_status if result.si_code == os.CLD_EXITED else 128 + result.si_status
+        killed = self._group.oom_kills() > self._oom_kills_before
+        self._exit = ExitStatus(code, "", killed, time.time_ns())
+        if self.on_reaped is not None:
+            self.on_reaped()
+        if self.on_exit is not None:
+            self.on_exit(self._exit)
+
+    def signal(self, number: int) -> None:
+        if self._exit is None:
+            try:
+                signal.pidfd_send_signal(self._pidfd, number)
+            except ProcessLookupError:
+                pass
+
+    def resize(self, rows: int, columns: int) -> None:
+        if not self._has_terminal:
+            raise InvalidRequest(f"process {self._pid} has no terminal to resize")
+        if self._exit is None:
+            try:
+                terminal.set_size(self._streams.stdout, rows, columns)
+            except OSError:  # the shim has closed it: the process is ending
+                pass
+
+    def close(self, loop: Loop) -> None:
+        """Release the pidfd; the streams belong to their receiver."""
+        if self._pidfd >= 0:
+            loop.unwatch(self._pidfd)
+            os.close(self._pidfd)
+            self._pidfd = -1
+
+
+class Stdio:
+    """The two ends of a process's stdio without terminal: `theirs` for the child, `streams` for the shim."""
+
+    def __init__(self, stdin: bool) -> None:
+        self.theirs: list[int] = []
+        if stdin:
+            read, write = os.pipe()
+            os.set_blocking(write, False)
+            self.theirs.append(read)
+            ours_in: int | None = write
+        else:
+            self.theirs.append(os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC))
+            ours_in = None
+        outputs = []
+        for _ in range(2):
+            read, write = os.pipe()
+            os.set_blocking(read, False)
+            self.theirs.append(write)
+            outputs.append(read)
+        self.streams = Streams(ours_in, outputs[0], outputs[1])
+
+    def close_theirs(self) -> None:
+        for fd in self.theirs:
+            os.close(fd)
+        self.theirs = []
+
+    def close_ours(self) -> None:
+        close_streams(self.streams)
+
+
+def close_streams(streams: Streams) -> None:
+    for fd in {fd for fd in streams if fd is not None}:
+        try:
+            os.close(fd)
+        except OSError:
+            pass
+
+
+class Container:
+    """Implements ambi.core.driver.Created. Made by ContainerDriver.create alone."""
+
+    def __init__(
+        self,
+        identity: str,
+        init: ContainerProcess,
+        channel: spawn.Channel,
+        group: Group,
+        loop: Loop,
+        program: Filter,
+        files: Path,
+        own_pids: bool,
+    ) -> None:
+        self._id, self._init, self._group, self._loop, self._program = identity, init, group, loop, program
+        self._channel: spawn.Channel | None = channel
+        self._files, self._own_pids = files, own_pids
+        self._started = False
+        self._last_usage: Usage | None = None
+        self._execs: list[ContainerProcess] = []
+        init.on_reaped = self._init_ended
+        init.watch(loop)
+
+    @property
+    def init(self) -> ContainerProcess:
+        return self._init
+
+    def start(self, by: Deadline) -> None:
+        if self._started or self._channel is None:
+            raise Conflict(f"container {self._id} has been started already")
+        try:
+            spawn.finish_start(self._channel, self._program, by)
+            self._started = True
+        finally:
+            self._channel.close()
+            self._channel = None
+
+    def exec(self, process: dict[str, Any], stdin: bool, by: Deadline) -> ContainerProcess:
+        if not self._started or self._init.exit is not None:
+            raise Conflict("cannot exec in a stopped container")
+        if not process.get("args"):
+            raise InvalidRequest("no command to execute is given")
+        with Undo() as undo:
+            made = self._exec(process, stdin, by, undo)
+            undo.keep()
+        made.watch(self._loop)
+        self._execs = [p for p in self._execs if p.exit is None]
+        self._execs.append(made)
+        return made
+
+    def _exec(self, spec: dict[str, Any], stdin: bool, by: Deadline, undo: Undo) -> ContainerProcess:
+        has_terminal = bool(spec.get("terminal"))
+        ours, theirs = spawn.Channel.pair()
+        stdio = None if has_terminal else Stdio(stdin)
+        if stdio is not None:
+            undo.add("close the streams", stdio.close_ours)
+        cgroup = self._group.born_in()
+        job = executor.Job(self._id, spec, self._init.pidfd, self._group.joins, cgroup)
+        try:
+            given = stdio.theirs if stdio else []
+            helper = spawn.clone(0, lambda: executor.help_to(job, theirs, given))
+            theirs.close()
+            pid, pidfd = adopt_child(ours, helper, by)
+            undo.add("end the process", lambda: end_child(pidfd))
+            _, fds = spawn.expect(ours, "ready", by, "exec")
+            streams = stdio.streams if stdio else terminal_streams(fds)
+            undo.add("close the streams", lambda: close_streams(streams))
+            spawn.finish_start(ours, self._program, by)
+            return ContainerProcess(pid, pidfd, streams, has_terminal, self._group)
+        finally:
+            ours.close()
+            if stdio is not None:
+                stdio.close_theirs()
+            if cgroup is not None:
+                os.close(cgroup)
+
+    def state(self) -> Status:
+        if self._init.exit is not None:
+            return Status.EXITED
+        return Status.RUNNING if self._started else Status.CREATED
+
+    def usage(self) -> Usage:
+        return self._last_usage or self._group.usage()
+
+    def processes(self) -> list[dict[str, Any]]:
+        return top.describe(self._group.pids())
+
+    def _init_ended(self) -> None:
+        """Without a pid namespace of its own the rest of the container does not end with init: end it here."""
+        if not self._own_pids:
+            self._group.kill()
+
+    def delete(self, by: Deadline) -> None:
+        if self._init.exit is None:
+            self._init.signal(signal.SIGKILL)
+            self._init.reap()
+        self._group.kill()
+        for process_ in self._execs:
+            process_.reap()
+        self._last_usage = self._last_usage or self._group.usage()
+        self._group.remove(by)
+        shutil.rmtree(self._files, ignore_errors=True)
+        if self._channel is not None:
+            self._channel.close()
+            self._channel = None
+        for process_ in (self._init, *self._execs):
+            process_.close(self._loop)
+        self._execs = []
+
+
+def terminal_streams(fds: list[int]) -> Streams:
+    """Streams of the terminal master that the child sent."""
+    (master,) = fds
+    os.set_blocking(master, False)
+    return Streams(master, master, None)
+
+
+def adopt_child(channel: spawn.Channel, helper: process.Child, by: Deadline) -> tuple[int, int]:
+    """(pid, pidfd) of the child that `helper` made for us; reaps the helper. Raises what it reports."""
+    try:
+        message, _ = spawn.expect(channel, "pid", by, "cloning the process")
+    finally:
+        end_child(helper.pidfd, kill=False)
+    pid = int(message[1])
+    return pid, os.pidfd_open(pid)
+
+
+def end_child(pidfd: int, *, kill: bool = True) -> None:
+    """Reap the child behind `pidfd`, killing it first, and close the descriptor."""
+    try:
+        if kill:
+            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+        os.waitid(os.P_PIDFD, pidfd, os.WEXITED)
+    except (ProcessLookupError, ChildProcessError):
+        pass
+    finally:
+        os.close(pidfd)

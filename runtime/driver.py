@@ -1,0 +1,227 @@
+"""The container driver: the way from a launch plan to a prepared process, and back to nothing."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path, PurePosixPath
+from typing import Any, ClassVar, NoReturn
+
+from ambi.core.deadline import Deadline
+from ambi.core.driver import Features, Problem
+from ambi.core.errors import InvalidRequest, NotFound, from_os_error
+from ambi.core.loop import Loop
+from ambi.core.model import Isolation
+from ambi.core.plan import LaunchPlan
+from ambi.core.undo import Undo
+from ambi.linux import paths, process, seccomp
+from runtime import cgroups, devices, features, init, rootfs, spawn, validate
+from runtime.cgroups.v1 import Group, V1Group
+from runtime.container import Container, ContainerProcess, Stdio, adopt_child, close_streams, end_child, terminal_streams
+from runtime.finish import Filter
+from runtime.park import Starter
+
+_SWEEP_S = 5.0
+_NO_PROGRAM = Filter(b"", 0)
+
+
+class ContainerDriver:
+    """Implements ambi.core.driver.Driver with namespaces, cgroups and seccomp."""
+
+    isolation: ClassVar[Isolation] = Isolation.CONTAINER
+
+    def __init__(self) -> None:
+        self._starter: Starter | None = None
+
+    def probe(self) -> Features:
+        return features.probe()
+
+    def check(self, plan: LaunchPlan) -> list[Problem]:
+        return validate.problems_of(plan)
+
+    def park(self, run_dir: Path) -> None:
+        """Make a starter ahead of the job, where that saves anything (cgroup version 1). See runtime/park.py.
+
+        run_dir: the run root, unused here but for naming nothing below it. Failing is no error: create does without.
+        """
+        del run_dir
+        if self._starter is None and cgroups.hierarchies().v1:
+            try:
+                self._starter = Starter.make(cgroups.hierarchies())
+            except OSError:
+                self._starter = None
+
+    def create(self, plan: LaunchPlan, undo: Undo, by: Deadline, loop: Loop) -> Container:
+        problems = self.check(plan)
+        if problems:
+            raise InvalidRequest(problems[0].message, hint=problems[0].hint)
+        group = cgroups.open_group(PurePosixPath(plan.config["linux"]["cgroupsPath"]))
+        starter = self._take_starter(group, plan, undo)
+        try:
+            return self._create(plan, group, starter, undo, by, loop)
+        except OSError as error:
+            raise from_os_error(f"cannot create container {plan.id[:12]}", error) from error
+
+    def _create(
+        self, plan: LaunchPlan, group: Group, starter: Starter | None, undo: Undo, by: Deadline, loop: Loop
+    ) -> Container:
+        undo.add(f"remove cgroup {group.path}", lambda: group.remove(Deadline.after(_SWEEP_S)))
+        files, file_list = write_files(plan, undo)
+        spec = plan.config["process"]
+        has_terminal = bool(spec.get("terminal"))
+        resources, rules = plan.config["linux"].get("resources") or {}, devices.rules_of(plan.config)
+        if starter is None:
+            group.create(resources, rules)
+        elif isinstance(group, V1Group):
+            group.limit(resources, rules)
+        job = make_job(plan, group, file_list, parked=starter is not None)
+        stdio = None if has_terminal else Stdio(plan.stdin)
+        if stdio is not None:
+            undo.add("close the streams", stdio.close_ours)
+        ours, pid, pidfd = self._spawn(job, plan, group, starter, stdio, undo, by)
+        undo.add("close the channel", ours.close)
+        undo.add("end init", lambda: end_child(pidfd))
+        undo.add("kill the rest", group.kill)
+        profile = plan.config["linux"].get("seccomp")
+        program = Filter(seccomp.compile(profile), seccomp.flags_of(profile)) if profile else _NO_PROGRAM
+        _, fds = spawn.expect(ours, "ready", by, "preparing the container")
+        streams = stdio.streams if stdio else terminal_streams(fds)
+        if stdio is None:
+            undo.add("close the terminal", lambda: close_streams(streams))
+        first = ContainerProcess(pid, pidfd, streams, has_terminal, group)
+        return Container(plan.id, first, ours, group, loop, program, files, "pid" in job.fresh)
+
+    def _spawn(
+        self, job: init.Job, plan: LaunchPlan, group: Group, starter: Starter | None, stdio: Stdio | None, undo: Undo,
+        by: Deadline,
+    ) -> tuple[spawn.Channel, int, int]:  # fmt: skip
+        """Start the child that will be init: (our end of the channel, pid, pidfd)."""
+        joined = open_namespaces(plan.config)
+        theirs = stdio.theirs if stdio else []
+        cgroup = group.born_in() if starter is None else None
+        try:
+            fds = [fd for _, fd in joined]
+            if starter is not None:
+                return starter.start(job, theirs, fds, by)
+            ours, end = spawn.Channel.pair()
+            given = init.Descriptors(end, theirs, fds)
+            if "pid" in job.joined:
+                child = spawn.clone(0, lambda: _help(job, given, cgroup))
+                end.close()
+                pid, pidfd = adopt_child(ours, child, by)
+            else:
+                pid, pidfd = spawn.clone(init.clone_flags(job), lambda: init.run(job, given), cgroup=cgroup)
+                end.close()
+            return ours, pid, pidfd
+        finally:
+            if stdio is not None:
+                stdio.close_theirs()
+            for _, fd in joined:
+                os.close(fd)
+            if cgroup is not None:
+                os.close(cgroup)
+
+    def _take_starter(self, group: Group, plan: LaunchPlan, undo: Undo) -> Starter | None:
+        """The parked starter, its cgroups renamed to those of `plan`; None when there is none that fits."""
+        starter, self._starter = self._starter, None
+        if starter is None:
+            return None
+        undo.add("end the starter", starter.close)
+        kinds = [entry["type"] for entry in plan.config["linux"].get("namespaces") or () if entry.get("path")]
+        if isinstance(group, V1Group) and "pid" not in kinds and starter.become(group):
+            return starter
+        starter.discard()
+        return None
+
+    def sweep(self, plan: LaunchPlan) -> None:
+        group = cgroups.open_group(PurePosixPath(plan.config["linux"]["cgroupsPath"]))
+        group.kill()
+        try:
+            group.remove(Deadline.after(_SWEEP_S))
+        except OSError as error:
+            raise from_os_error(f"cannot sweep container {plan.id[:12]}", error) from error
+        remove_files(plan.data_dir / "files")
+        if isinstance(group, V1Group):
+            Starter.sweep(cgroups.hierarchies(), group.path.parent)
+
+
+def _help(job: init.Job, given: init.Descriptors, cgroup: int | None) -> NoReturn:
+    """The helper where a pid namespace is joined: it enters it and makes init, a child of the shim, inside."""
+
+    def body(doing: list[str]) -> None:
+        doing.append("join the pid namespace")
+        process.setns(given.joined[job.joined.index("pid")], process.CLONE_NEWPID)
+        child = spawn.clone(init.clone_flags(job) | process.CLONE_PARENT, lambda: init.run(job, given), cgroup=cgroup)
+        given.channel.send("pid", child.pid)
+        os._exit(0)
+
+    spawn.guarded(given.channel, body)
+
+
+def make_job(plan: LaunchPlan, group: Group, files: list[tuple[str, str]], *, parked: bool) -> init.Job:
+    """What init needs to know of `plan`. Mounts the layers, for which it runs in the shim."""
+    namespaces = plan.config["linux"].get("namespaces") or ()
+    config = {**plan.config, "linux": {**plan.config["linux"], "seccomp": None}}  # compiled here, not there
+    tree = [(",".join(h.controllers).removeprefix("name="), ",".join(h.controllers), f"{h.mount}{group.path}")
+            for h in cgroups.hierarchies().v1]  # fmt: skip
+    return init.Job(
+        id=plan.id,
+        config=config,
+        root=rootfs.prepare(plan),
+        scratch=str(plan.run_dir),
+        files=files,
+        cgroup_joins=[] if parked else group.joins,
+        cgroup_tree=tree,
+        fresh=[entry["type"] for entry in namespaces if not entry.get("path")],
+        joined=[entry["type"] for entry in namespaces if entry.get("path")],
+    )
+
+
+def open_namespaces(config: dict[str, Any]) -> list[tuple[str, int]]:
+    """(type, descriptor) of each namespace that is given by path, in their order; proven to be namespaces."""
+    found: list[tuple[str, int]] = []
+    try:
+        for entry in config["linux"].get("namespaces") or ():
+            path = entry.get("path")
+            if not path:
+                continue
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            found.append((entry["type"], fd))
+            if paths.filesystem_type(fd) != paths.NSFS_MAGIC:
+                raise InvalidRequest(f"linux.namespaces: {path} is not a namespace")
+    except BaseException as error:
+        for _, fd in found:
+            os.close(fd)
+        if isinstance(error, FileNotFoundError):
+            raise NotFound(f"linux.namespaces: {error.filename} does not exist") from error
+        raise
+    return found
+
+
+def write_files(plan: LaunchPlan, undo: Undo) -> tuple[Path, list[tuple[str, str]]]:
+    """Write `plan.files` below `data_dir/files`: the directory, and (path inside, path on the host) of each."""
+    directory = plan.data_dir / "files"
+    if not plan.files:
+        return directory, []
+    undo.add(f"remove {directory}", lambda: remove_files(directory))
+    remove_files(directory)
+    directory.mkdir(mode=0o700)
+    written = []
+    for number, file in enumerate(plan.files):
+        path = f"{directory}/{number}"
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        with open(fd, "wb") as output:
+            output.write(file.content.encode())
+        os.chmod(path, stat.S_IMODE(file.mode))
+        written.append((str(file.path), path))
+    return directory, written
+
+
+def remove_files(directory: Path) -> None:
+    """Remove the flat directory of files, if it is there."""
+    try:
+        for name in os.listdir(directory):
+            os.unlink(directory / name)
+        directory.rmdir()
+    except FileNotFoundError:
+        pass

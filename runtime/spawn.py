@@ -1,0 +1,160 @@
+"""From the shim to a process of a container: the clone, and what both sides say to each other until execve.
+
+The shim and its child hold the ends of a SEQPACKET pair. Messages are marshalled tuples:
+
+    child -> shim   ("pid", PID)            from a helper: the process that it made, a child of the shim
+                    ("ready",)              prepared; with a terminal its master comes along
+                    ("exec",)               execve is next
+                    ("error", WIRE)         AmbiError.to_wire; the child ends
+    shim -> child   ("start", PROGRAM, FLAGS)   go on to execve, with this seccomp program
+
+End of file at the shim after "exec" means that execve succeeded, before it that the child died; at the child, that the
+shim is gone. A *helper* is needed where the child must be born in namespaces or cgroups that the shim is not in: it joins
+them and makes the child with CLONE_PARENT.
+"""
+
+from __future__ import annotations
+
+import gc
+import marshal
+import os
+import select
+import signal
+import socket
+import sys
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+from ambi.core.deadline import Deadline
+from ambi.core.errors import DeadlineExceeded, Internal, from_wire
+from ambi.linux import process
+from runtime.finish import Filter, explain
+
+Message = tuple[Any, ...]
+_ALL_SIGNALS = tuple(n for n in range(1, 65) if n not in (32, 33))
+_LIMIT = 128 << 10
+
+
+class Channel:
+    """One end of the pair."""
+
+    def __init__(self, end: socket.socket) -> None:
+        self._socket = end
+        self.fd = end.fileno()
+
+    @classmethod
+    def pair(cls) -> tuple[Channel, Channel]:
+        """The shim's end and the child's."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        return cls(ours), cls(theirs)
+
+    def send(self, *message: Any, fds: tuple[int, ...] = ()) -> None:
+        data = marshal.dumps(message)
+        if fds:
+            socket.send_fds(self._socket, [data], fds)
+        else:
+            self._socket.send(data, socket.MSG_NOSIGNAL)
+
+    def receive(self, by: Deadline, what: str) -> tuple[Message | None, list[int]]:
+        """The next message and the descriptors that came with it; None at the end of file."""
+        poll = select.poll()
+        poll.register(self.fd, select.POLLIN)
+        left = by.remaining()
+        if not poll.poll(None if left is None else int(left * 1000 + 0.999)):
+            raise DeadlineExceeded(f"{what} did not happen in time")
+        try:
+            data, fds, _, _ = socket.recv_fds(self._socket, _LIMIT, 16, socket.MSG_CMSG_CLOEXEC)
+        except ConnectionResetError:
+            return None, []
+        return (marshal.loads(data) if data else None), fds
+
+    def close(self) -> None:
+        self._socket.close()
+
+
+class Failed(Exception):
+    """Ends the child after its error has been sent."""
+
+
+def clone(flags: int, body: Callable[[], NoReturn], *, cgroup: int | None = None) -> process.Child:
+    """A child that runs `body`, which ends in execve or an exit. Signals are blocked in it until it unblocks them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _ALL_SIGNALS)
+    try:
+        child = process.clone3(flags, cgroup=cgroup)
+        if child.pid == 0:
+            _child(body)
+        return child
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _child(body: Callable[[], NoReturn]) -> NoReturn:
+    """Nothing that goes wrong here may return into the shim's code."""
+    try:
+        gc.disable()
+        process.set_dumpable(False)
+        process.die_with_parent()
+        body()
+    except BaseException:
+        os._exit(125)
+    os._exit(125)
+
+
+def guarded(channel: Channel, body: Callable[[list[str]], object]) -> NoReturn:
+    """Run `body`, whose argument holds what is being done, and tell the shim what went wrong."""
+    doing = ["start"]
+    try:
+        body(doing)
+    except BaseException as error:
+        try:
+            channel.send("error", explain(doing[-1], error))
+        except OSError:
+            pass
+    os._exit(125)
+
+
+def forbid_imports() -> None:
+    """From here on an import fails instead of reading the container's files."""
+    sys.meta_path.clear()
+
+
+def keep_only(keep: list[int]) -> None:
+    """Close every descriptor but 0, 1, 2 and those of `keep`."""
+    next_fd = 3
+    for fd in sorted({fd for fd in keep if fd > 2}):
+        if fd > next_fd:
+            process.close_range(next_fd, fd - 1)
+        next_fd = fd + 1
+    process.close_range(next_fd)
+
+
+def wait_for_start(channel: Channel) -> Filter:
+    """In the child: block until the shim says go; ends the child when the shim is gone or wants no start."""
+    message, _ = channel.receive(Deadline.never(), "the start")
+    if message is None or message[0] != "start":
+        os._exit(125)
+    return Filter(message[1], message[2])
+
+
+def expect(channel: Channel, kind: str, by: Deadline, what: str) -> tuple[Message, list[int]]:
+    """In the shim: the message `kind`; raises what the child reported instead."""
+    message, fds = channel.receive(by, what)
+    if message is None:
+        raise Internal(f"{what}: the process died", hint="`dmesg` may say why, memory limits are a common cause")
+    if message[0] == "error":
+        raise from_wire(message[1])
+    if message[0] != kind:
+        raise Internal(f"{what}: unexpected message {message[0]}")
+    return message, fds
+
+
+def finish_start(channel: Channel, program: Filter, by: Deadline) -> None:
+    """In the shim: send the child to execve and wait until it has succeeded; raises what the child reports."""
+    try:
+        channel.send("start", program.program, program.flags)
+    except OSError:  # it died; what it said before is still there
+        pass
+    expect(channel, "exec", by, "execve")
+    message, _ = channel.receive(by, "execve")
+    if message is not None:
+        raise from_wire(message[1])
