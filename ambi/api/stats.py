@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import os
 import time
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ambi.api.exchange import Call, Reply, json_reply, to_json
 from ambi.api.router import Route
 from ambi.api.words import NEVER, rfc3339_nano
 from ambi.core.errors import Conflict, NotFound, Unavailable
 from ambi.core.model import Usage
-from ambi.engine.engine import Engine
 from ambi.engine.types import Instance
+
+if TYPE_CHECKING:
+    from ambi.engine.engine import Engine
 
 _INTERVAL_SECONDS = 1.0
 _TICK_NS = 1_000_000_000 // os.sysconf("SC_CLK_TCK")
