@@ -255,10 +255,9 @@ def terminal_streams(fds: list[int]) -> Streams:
 def adopt_child(channel: spawn.Channel, helper: process.Child, by: Deadline) -> tuple[int, int]:
     """(pid, pidfd) of the child that `helper` made for us; reaps the helper. Raises what it reports."""
     try:
-        message, _ = spawn.expect(channel, "pid", by, "cloning the process")
+        pid = channel.receive_pid(by)
     finally:
         end_child(helper.pidfd, kill=False)
-    pid = int(message[1])
     return pid, os.pidfd_open(pid)
 
 

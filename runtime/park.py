@@ -60,10 +60,9 @@ class Starter:
         text = memfd.sealed("ambi-job", marshal.dumps(tuple(job)))
         try:
             self._channel.send("job", len(stdio), fds=(text, *stdio, *joined))
-            message, _ = spawn.expect(self._channel, "pid", by, "cloning the process")
+            pid = self._channel.receive_pid(by)
         finally:
             os.close(text)
-        pid = int(message[1])
         pidfd = os.pidfd_open(pid)
         self._reap()
         return self._channel, pid, pidfd

@@ -40,6 +40,7 @@ class Channel:
 
     def __init__(self, end: socket.socket) -> None:
         self._socket = end
+        self._early: list[tuple[Message, list[int]]] = []
         self.fd = end.fileno()
 
     @classmethod
@@ -57,6 +58,20 @@ class Channel:
 
     def receive(self, by: Deadline, what: str) -> tuple[Message | None, list[int]]:
         """The next message and the descriptors that came with it; None at the end of file."""
+        return self._early.pop(0) if self._early else self._receive(by, what)
+
+    def receive_pid(self, by: Deadline) -> int:
+        """The pid of the child that a helper made. The child may have spoken first: that is kept for `receive`."""
+        while True:
+            message, fds = self._receive(by, "cloning the process")
+            if message is None:  # the helper failed, and may have said why
+                expect(self, "pid", by, "cloning the process")
+            elif message[0] == "pid":
+                return int(message[1])
+            else:
+                self._early.append((message, fds))
+
+    def _receive(self, by: Deadline, what: str) -> tuple[Message | None, list[int]]:
         poll = select.poll()
         poll.register(self.fd, select.POLLIN)
         left = by.remaining()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pwd
 from typing import Any
 
 _TICK_NS = 1_000_000_000 // os.sysconf("SC_CLK_TCK")
@@ -38,12 +39,20 @@ def _one(pid: int, boot_ns: int) -> dict[str, Any] | None:
         "pid": pid,
         "ppid": int(fields[1]),
         "uid": uid,
-        "user": str(uid),
+        "user": _user_name(uid),
         "tty": _terminal_name(int(fields[4])),
         "stime_ns": boot_ns + int(fields[19]) * _TICK_NS,
         "cpu_ns": (int(fields[11]) + int(fields[12])) * _TICK_NS,
         "command": command.decode(errors="replace") or f"[{name}]",
     }
+
+
+def _user_name(uid: int) -> str:
+    """As the host calls it, which is what `ps` there would show."""
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return str(uid)
 
 
 def _terminal_name(device: int) -> str:
