@@ -5,13 +5,28 @@ Wherever an id is asked for, a name, an id or a unique prefix of one will do.
 
 from __future__ import annotations
 
+import os
+import secrets
 import socket
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
+from importlib import metadata
+from pathlib import Path
 from typing import Any
 
+from images.store import Store
+
 from ambi.core.deadline import Deadline
-from ambi.core.model import ExecId, ExitStatus, InstanceId, Usage
+from ambi.core.errors import Conflict
+from ambi.core.model import ExecId, ExitStatus, InstanceId, Status, Usage
 from ambi.core.roots import Roots
+from ambi.engine import adopt, attach, create, doctor, execs, lifecycle, logs, query
+from ambi.engine.bus import EventStream
+from ambi.engine.core import Core
+from ambi.engine.filters import Filters
+from ambi.engine.images import ImageService
+from ambi.engine.records import Run
+from ambi.engine.shims import Shims
+from ambi.engine.state import StateDb
 from ambi.engine.types import (
     Attach,
     Check,
@@ -24,30 +39,12 @@ from ambi.engine.types import (
     LogQuery,
     WaitCondition,
 )
+from ambi.engine.wait import WaitTicket
 
-Filters = Mapping[str, list[str]]  # {"label": ["a=b"], ...}: the API brings both JSON shapes to this one
+__all__ = ["Engine", "Event", "EventStream", "WaitTicket"]
+
 InstanceList = list[Instance]
-
-
-class WaitTicket:
-    """A registered interest in the end of an instance."""
-
-    def result(self, by: Deadline) -> ExitStatus:
-        """Block until the condition holds. Raises DeadlineExceeded; may be called again then."""
-        raise NotImplementedError
-
-    def close(self) -> None:
-        """Give up; idempotent."""
-
-
-class EventStream:
-    """An iterator of events. None comes about once a second when nothing happens, so the caller can look at its client."""
-
-    def __iter__(self) -> Iterator[Event | None]:
-        raise NotImplementedError
-
-    def close(self) -> None:
-        """End the iteration, from any thread; idempotent."""
+_CALL_S = 30.0
 
 
 class Engine:
@@ -59,83 +56,118 @@ class Engine:
 
         Raises Unsupported (a newer data root), Conflict (another engine has it open).
         """
-        raise NotImplementedError
+        roots.data.mkdir(mode=0o711, parents=True, exist_ok=True)
+        for path in (roots.data / "instances", roots.run / "instances"):
+            path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        db = StateDb(roots.state_db)
+        try:
+            return cls(Core(roots, db, Store.open(roots.images), _boot_id()))
+        except BaseException:
+            db.close()
+            raise
+
+    def __init__(self, core: Core) -> None:
+        """Use `open`. Takes over `core`, whose records are read here."""
+        self._core = core
+        self.images = ImageService(core)
+        self._id = core.db.meta("engine_id", lambda: secrets.token_hex(16))
+        core.shims = Shims(core)
+        core.on_auto_remove = lambda record: lifecycle.auto_remove(core, record)
+        adopt.restore(core)
 
     def close(self) -> None:
         """Let go of everything; instances run on."""
+        self._core.bus.close()
+        self._core.shims.close()
+        self._core.db.close()
 
     def create(self, name: str | None, spec: CreateSpec) -> tuple[InstanceId, list[str]]:
         """Create an instance; returns its id and warnings.
 
         Raises NotFound (`No such image: X`), Conflict (the name), InvalidRequest (a field that is wrong or not supported).
         """
-        raise NotImplementedError
+        return create.create(self._core, name, spec)
 
     def get(self, id: str) -> Instance:
         """Raises NotFound (`No such container: X`), InvalidRequest (an ambiguous prefix)."""
-        raise NotImplementedError
+        record = self._core.registry.find(id)
+        with self._core.mutex:
+            return record.snapshot(self._core.roots)
 
     def list(
         self, all: bool, filters: Filters, limit: int = 0, before: str | None = None, since: str | None = None
     ) -> InstanceList:
         """Newest first. Raises InvalidRequest for an unknown filter."""
-        raise NotImplementedError
+        return query.list_instances(self._core, query.Page(all, limit, before, since), filters)
 
     def start(self, id: str) -> None:
         """Raises NotModified (it runs), CommandNotFound, CommandNotExecutable, Unsupported, ..."""
-        raise NotImplementedError
+        lifecycle.start(self._core, id)
 
     def stop(self, id: str, timeout_s: float | None = None, signal: str | None = None) -> None:
         """Ask with the stop signal, wait, then kill. timeout_s: None for the instance's own, negative for no limit.
 
         Raises NotModified when it does not run.
         """
-        raise NotImplementedError
+        lifecycle.stop(self._core, id, timeout_s, signal)
 
     def restart(self, id: str, timeout_s: float | None = None, signal: str | None = None) -> None:
-        raise NotImplementedError
+        lifecycle.restart(self._core, id, timeout_s, signal)
 
     def kill(self, id: str, signal: str | None = None) -> None:
         """`signal`: `TERM`, `SIGTERM` or `15`; SIGKILL by default. Raises Conflict when it does not run."""
-        raise NotImplementedError
+        lifecycle.kill(self._core, id, signal)
 
     def rename(self, id: str, name: str) -> None:
-        raise NotImplementedError
+        lifecycle.rename(self._core, id, name)
 
     def remove(self, id: str, force: bool = False, volumes: bool = False) -> None:
         """Raises Conflict when it runs and `force` is not set."""
-        raise NotImplementedError
+        lifecycle.remove(self._core, id, force)
 
     def prune(self, filters: Filters) -> tuple[tuple[InstanceId, ...], int]:
         """Remove every instance that does not run; returns their ids and the bytes freed."""
-        raise NotImplementedError
+        return query.prune(self._core, filters)
 
     def resize(self, id: str, rows: int, columns: int) -> None:
-        raise NotImplementedError
+        record = self._core.registry.find(id)
+        run = record.run
+        if run is None or run.exit is not None:
+            raise Conflict(f"Container {record.id} is not running")
+        run.connection.call("resize", rows=rows, columns=columns, exec_id=None, by=Deadline.after(_CALL_S))
+        self._core.publish(record, "resize", height=str(rows), width=str(columns))
 
-    def attach(self, id: str, attach: Attach, sock: socket.socket, pending: bytes, write_head: Callable[[], None]) -> None:
+    def attach(self, id: str, how: Attach, sock: socket.socket, pending: bytes, write_head: Callable[[], None]) -> None:
         """Hand `sock` to the instance's shim, with the bytes that the client has sent already.
 
         `write_head` is called once, after every check and before the shim may write: it writes the HTTP head. An error
         before that call can still be answered with a status; after it `sock` belongs to the shim. The caller closes its
         own descriptor in both cases. Raises NotFound, Conflict.
         """
-        raise NotImplementedError
+        attach.attach(self._core, id, how, sock, pending, write_head)
 
     def wait(self, id: str, condition: WaitCondition = "not-running") -> WaitTicket:
         """The interest is registered when this returns."""
-        raise NotImplementedError
+        core = self._core
+        record = core.registry.find(id)
+        ticket = WaitTicket(condition)
+        with core.mutex:
+            if condition == "not-running" and not record.state.running:
+                ticket.settle(ExitStatus(record.state.exit_code, record.state.error))
+            else:
+                record.tickets.append(ticket)
+        return ticket
 
-    def logs(self, id: str, query: LogQuery) -> Iterator[LogEntry | None]:
+    def logs(self, id: str, wanted: LogQuery) -> Iterator[LogEntry | None]:
         """Checks at once, then an iterator; it ends with the run when following.
 
         None comes about once a second when nothing does, so that the caller can look at its client.
         """
-        raise NotImplementedError
+        return logs.logs(self._core, id, wanted)
 
     def exec_create(self, id: str, config: dict[str, Any]) -> ExecId:
         """`config`: Docker's ExecConfig. Raises Conflict when the instance does not run, InvalidRequest."""
-        raise NotImplementedError
+        return execs.create(self._core, id, config)
 
     def exec_start(
         self,
@@ -151,29 +183,66 @@ class Engine:
         size: rows and columns of its terminal at start. An error of the program itself (CommandNotFound, ...) comes after
         the head: the shim has then written its text to `sock`, and it is raised as well.
         """
-        raise NotImplementedError
+        execs.start(self._core, exec_id, execs.StartRequest(attach, sock, pending, write_head, size))
 
     def exec_get(self, exec_id: str) -> Exec:
         """Raises NotFound (`No such exec instance: X`)."""
-        raise NotImplementedError
+        return execs.get(self._core, exec_id)
 
     def exec_resize(self, exec_id: str, rows: int, columns: int) -> None:
-        raise NotImplementedError
+        execs.resize(self._core, exec_id, rows, columns)
 
     def top(self, id: str) -> tuple[dict[str, Any], ...]:
         """The shape of `ambi.core.driver.Created.processes`. Raises Conflict when it does not run."""
-        raise NotImplementedError
+        answer = self._running(id).connection.call("processes", by=Deadline.after(_CALL_S))
+        return tuple(answer["processes"])
 
     def usage(self, id: str) -> Usage:
         """Raises Conflict when it does not run."""
-        raise NotImplementedError
+        return Usage(**self._running(id).connection.call("usage", by=Deadline.after(_CALL_S)))
+
+    def _running(self, id: str) -> Run:
+        record = self._core.registry.find(id)
+        run = record.run
+        if run is None or not record.state.running:
+            raise Conflict(f"Container {record.id} is not running")
+        return run
 
     def events(self, since_ns: int | None, until_ns: int | None, filters: Filters) -> EventStream:
         """Replay from `since_ns`, then live; with `until_ns` it ends there. Registered when this returns."""
-        raise NotImplementedError
+        return self._core.bus.open(since_ns, until_ns, filters)
 
     def info(self) -> EngineInfo:
-        raise NotImplementedError
+        core = self._core
+        statuses = [record.state.status for record in core.registry]
+        running, paused = statuses.count(Status.RUNNING), statuses.count(Status.PAUSED)
+        return EngineInfo(
+            version=_version(),
+            pid=os.getpid(),
+            zygote_pid=core.shims.zygote_pid(),
+            started_ns=core.started_ns,
+            data_root=core.roots.data,
+            run_root=core.roots.run,
+            socket=core.roots.socket,
+            running=running,
+            paused=paused,
+            stopped=len(statuses) - running - paused,
+            images=self.images.count(),
+            layer_form=self.images.layer_form(),
+            cgroup_version=doctor.cgroup_version(),
+            engine_id=self._id,
+        )
 
     def doctor(self) -> tuple[Check, ...]:
-        raise NotImplementedError
+        return doctor.checks(self._core)
+
+
+def _boot_id() -> str:
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+
+
+def _version() -> str:
+    try:
+        return metadata.version("ambi")
+    except metadata.PackageNotFoundError:
+        return "0.1.0"

@@ -14,12 +14,13 @@ RUNTIMES = {"": Isolation.CONTAINER, "container": Isolation.CONTAINER, "runc": I
 LOCAL_NETWORKS = ("", "default", "bridge", "none")  # in all of them an instance has `lo` alone, until networks arrive
 
 # Fields that work, for both kinds unless _CONTAINER_ONLY has them; everything else must be neutral.
-_SUPPORTED = frozenset(
-    "AutoRemove Binds CapAdd CapDrop CgroupnsMode ConsoleSize ContainerIDFile CpuPeriod CpuQuota CpuShares CpusetCpus"
-    " CpusetMems Devices Dns DnsOptions DnsSearch ExtraHosts GroupAdd Init IpcMode LogConfig MaskedPaths Memory"
-    " MemoryReservation MemorySwap MemorySwappiness Mounts NanoCpus NetworkMode OomScoreAdj PidMode PidsLimit Privileged"
-    " ReadonlyPaths ReadonlyRootfs RestartPolicy Runtime SecurityOpt ShmSize Sysctls Tmpfs Ulimits UTSMode".split()
-)
+_WORKS = """
+    AutoRemove Binds CapAdd CapDrop CgroupnsMode ConsoleSize ContainerIDFile CpuPeriod CpuQuota CpuShares CpusetCpus
+    CpusetMems Devices Dns DnsOptions DnsSearch ExtraHosts GroupAdd Init IpcMode LogConfig MaskedPaths Memory
+    MemoryReservation MemorySwap Mounts NanoCpus NetworkMode OomScoreAdj PidMode PidsLimit Privileged ReadonlyPaths
+    ReadonlyRootfs RestartPolicy Runtime SecurityOpt ShmSize Sysctls Tmpfs Ulimits UTSMode
+"""
+_SUPPORTED = frozenset(_WORKS.split())
 # Fields that do not work, and Docker's flag for each.
 _REFUSED = {
     "Annotations": "--annotation",
@@ -38,6 +39,7 @@ _REFUSED = {
     "KernelMemory": "--kernel-memory",
     "KernelMemoryTCP": "HostConfig.KernelMemoryTCP",
     "Links": "--link",
+    "MemorySwappiness": "--memory-swappiness",
     "OomKillDisable": "--oom-kill-disable",
     "PortBindings": "--publish",
     "PublishAllPorts": "--publish-all",

@@ -1,0 +1,118 @@
+"""What the parts of the engine share: the state, the records, the events, the shims, and how a run ends."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from ambi.core.deadline import Deadline
+from ambi.core.errors import AmbiError
+from ambi.core.model import ExitStatus, Status
+from ambi.core.roots import Roots
+from ambi.engine.bus import EventBus, attributes_of
+from ambi.engine.records import Record, Registry, Run
+from ambi.engine.state import StateDb
+from ambi.engine.types import State
+
+if TYPE_CHECKING:
+    from images.store import Store
+
+    from ambi.engine.shims import Shims
+
+log = logging.getLogger(__name__)
+
+# How a run may end when its shim cannot tell.
+KILLED_WITH_SHIM = "the shim was killed"
+OTHER_BOOT = "the host was restarted"
+
+
+class Core:
+    """One open engine. `mutex` guards states, runs, execs and tickets, and is held for moments only; the lock of a record
+    comes before it, never after. `changed` is notified whenever a state changes or a run ends.
+    """
+
+    def __init__(self, roots: Roots, db: StateDb, store: Store, boot_id: str) -> None:
+        self.roots = roots
+        self.db = db
+        self.store = store
+        self.boot_id = boot_id
+        self.bus = EventBus(db)
+        self.registry = Registry()
+        self.mutex = threading.RLock()
+        self.changed = threading.Condition(self.mutex)
+        self.started_ns = time.time_ns()
+        self.shims: Shims
+        self.on_auto_remove: Callable[[Record], None] = lambda _: None
+
+    def publish(self, record: Record, action: str, **own: str) -> None:
+        """An event of an instance, with its labels, image and name as Docker has them."""
+        row = record.row
+        attributes = attributes_of(row.spec.config.get("Labels"), image=row.image, name=row.name, **own)
+        self.bus.publish("container", action, row.id, attributes)
+
+    def set_state(self, record: Record, state: State) -> None:
+        """Store and show `state`. With the mutex held."""
+        record.state = state
+        self.db.set_state(record.id, state, self.boot_id)
+        self.changed.notify_all()
+
+    def settle(self, record: Record, condition: str, status: ExitStatus) -> None:
+        """Answer the tickets of `record` that wait for `condition`. With the mutex held."""
+        kept = []
+        for ticket in record.tickets:
+            if ticket.condition == condition:
+                ticket.settle(status)
+            if not ticket.settled:
+                kept.append(ticket)
+        record.tickets = kept
+
+    def exited(self, record: Record, run: Run, status: ExitStatus) -> None:
+        """Init of `run` has ended; known from its shim, from exit.json, or by its death. The first counts."""
+        with self.mutex:
+            if run.exit is None:
+                run.exit = status
+                if run.started:  # else `start` is still on its way, and goes on from here
+                    self.record_exit(record, status)
+
+    def record_exit(self, record: Record, status: ExitStatus) -> None:
+        """The state, the events and the waiters of an exit. With the mutex held, once a run."""
+        finished = status.finished_ns or time.time_ns()
+        state = record.state._replace(
+            status=Status.EXITED,
+            pid=0,
+            exit_code=status.code,
+            error=status.reason,
+            oom_killed=status.oom_killed,
+            finished_ns=finished,
+        )
+        for item in record.execs.values():
+            if item.started and item.exit_code is None:
+                item.exit_code = 137
+                self.db.set_exec(item.id, item.pid, 137)
+        self.set_state(record, state)
+        elapsed = max(0, finished - state.started_ns) // 1_000_000_000
+        self.publish(record, "die", execDuration=str(elapsed), exitCode=str(status.code))
+        self.settle(record, "not-running", status)
+        self.settle(record, "next-exit", status)
+
+    def ended(self, record: Record, run: Run) -> None:
+        """The connection of `run` has ended and everything of it is swept: its instance can be started or removed."""
+        with self.mutex:
+            if record.run is run:
+                record.run = None
+            run.gone.set()
+            self.changed.notify_all()
+            again = run.exit is not None and run.started and record.auto_remove
+        if again:
+            try:
+                self.on_auto_remove(record)
+            except AmbiError as error:
+                log.warning("%s: automatic removal: %s", record.id[:12], error)
+
+    def wait_for(self, condition: Callable[[], bool], by: Deadline) -> bool:
+        """Wait until `condition` holds, looked at with the mutex held; false when `by` has passed."""
+        with self.mutex:
+            return self.changed.wait_for(condition, by.remaining())

@@ -1,0 +1,138 @@
+"""Making an instance: its record, its directory and its name. No process and nothing in the kernel yet."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+
+from ambi.core.errors import InvalidRequest, NotFound, from_os_error
+from ambi.core.model import IdMap, InstanceId, Workload
+from ambi.core.model import Status as S
+from ambi.core.undo import Undo
+from ambi.engine import names, request, spec
+from ambi.engine.body import Body
+from ambi.engine.core import Core
+from ambi.engine.records import Record
+from ambi.engine.state import Row, dumps
+from ambi.engine.types import CreateSpec, State
+
+RECORD_FILE = "record.json"
+RECORD_FORMAT = 1
+UPPER = "upper"
+
+
+def create(core: Core, name: str | None, asked: CreateSpec) -> tuple[InstanceId, list[str]]:
+    """See `Engine.create`. Nothing is left behind when it fails."""
+    warnings = request.check(asked)
+    config = Body("Config", asked.config)
+    image_name = config.text("Image")
+    if not image_name:
+        raise InvalidRequest("no image specified")
+    try:
+        image = core.store.resolve(image_name)
+    except NotFound as error:
+        raise NotFound(f"No such image: {_familiar(image_name)}", hint=error.hint) from error
+    id = InstanceId(names.new_id())
+    isolation = request.isolation_of(Body("HostConfig", asked.host))
+    full = request.complete(asked, image.config.get("config") or {}, id)
+    spec.prepare(id, isolation, full, core.roots.instance_data(id))
+    with Undo() as undo:
+        name = names.checked(name) if name else names.random_name(core.registry.names())
+        core.registry.reserve(name, id)
+        undo.add(f"release the name {name}", lambda: core.registry.release(name))
+        row = Row(
+            id=id,
+            name=name,
+            workload=Workload.OCI,
+            isolation=isolation,
+            image_id=image.id,
+            image=image_name,
+            spec=full,
+            id_map=None,
+            created_ns=time.time_ns(),
+            state=State(S.CREATED),
+            restart_count=0,
+            boot_id=core.boot_id,
+        )
+        data = core.roots.instance_data(id)
+        try:
+            data.mkdir(0o710)
+            undo.add(f"remove {data}", lambda: _discard(data))
+            (data / UPPER).mkdir(0o700)
+            write_record(data, row)
+        except OSError as error:
+            raise from_os_error(f"cannot create container '{name}'", error) from error
+        core.db.insert(row)
+        undo.keep()
+    record = Record(row)
+    core.registry.add(record)
+    core.publish(record, "create")
+    return id, warnings
+
+
+def _familiar(name: str) -> str:
+    """`name` with the tag that Docker adds to it in its answer."""
+    last = name.rpartition("/")[2]
+    return name if ":" in last or "@" in name else f"{name}:latest"
+
+
+def _discard(data: Path) -> None:
+    (data / RECORD_FILE).unlink(missing_ok=True)
+    (data / UPPER).rmdir()
+    data.rmdir()
+
+
+def write_record(data: Path, row: Row) -> None:
+    """Have `record.json` hold what state.db has of the instance but its state. It appears whole."""
+    body = {
+        "format": RECORD_FORMAT,
+        "id": row.id,
+        "name": row.name,
+        "workload": row.workload.value,
+        "isolation": row.isolation.value,
+        "image_id": row.image_id,
+        "image": row.image,
+        "spec": row.spec,
+        "id_map": {"uids": row.id_map.uids, "gids": row.id_map.gids} if row.id_map else None,
+        "created_ns": row.created_ns,
+    }
+    write_whole(data / RECORD_FILE, dumps(body))
+
+
+def read_record(data: Path) -> Row | None:
+    """What `write_record` wrote, as an instance that has ended or never ran; None when it is missing or damaged."""
+    from ambi.core.model import IdRange, Isolation
+
+    try:
+        body = json.loads((data / RECORD_FILE).read_bytes())
+        if body["format"] != RECORD_FORMAT or body["id"] != data.name:
+            return None
+        ids = body["id_map"]
+        ranges = {key: tuple(IdRange(*x) for x in ids[key]) for key in ("uids", "gids")} if ids else None
+        return Row(
+            id=InstanceId(body["id"]),
+            name=body["name"],
+            workload=Workload(body["workload"]),
+            isolation=Isolation(body["isolation"]),
+            image_id=body["image_id"],
+            image=body["image"],
+            spec=CreateSpec(*body["spec"]),
+            id_map=IdMap(ranges["uids"], ranges["gids"]) if ranges else None,
+            created_ns=body["created_ns"],
+            state=State(S.CREATED),
+            restart_count=0,
+            boot_id="",
+        )
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Have `path` appear with `text` by rename, readable by root alone."""
+    beside = f"{path}.new"
+    fd = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    with open(fd, "w", encoding="utf-8", errors="surrogateescape") as file:
+        file.write(text)
+    os.rename(beside, path)

@@ -1,0 +1,94 @@
+"""The image store as the engine offers it: the same verbs, with events, and with what instances use."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, BinaryIO
+
+from ambi.core.errors import AmbiError
+from ambi.core.events import ProgressSink, ignore
+from ambi.engine.core import Core
+
+if TYPE_CHECKING:
+    from images.store import History, Image, Removed
+
+
+class ImageService:
+    """See docs/design/0002-contracts.md, "Image store". Safe to use from any thread."""
+
+    def __init__(self, core: Core) -> None:
+        self._core = core
+        self._store = core.store
+
+    def list(self) -> Sequence[Image]:
+        return self._store.list()
+
+    def resolve(self, name: str) -> Image:
+        """Raises NotFound with Docker's `No such image: X`."""
+        return self._store.resolve(name)
+
+    def import_tar(
+        self,
+        source: BinaryIO,
+        name: str | None,
+        *,
+        changes: Sequence[str] = (),
+        message: str = "",
+        progress: ProgressSink = ignore,
+    ) -> Image:
+        image = self._store.import_tar(source, name or None, changes=changes, message=message, progress=progress)
+        self._event("import", image.id, name or image.id)
+        if name:
+            self._event("tag", image.id, _shown(image, name))
+        return image
+
+    def load(self, source: BinaryIO, *, progress: ProgressSink = ignore) -> Sequence[Image]:
+        images = self._store.load(source, progress=progress)
+        for image in images:
+            self._event("load", image.id, image.names[0] if image.names else image.id)
+        return images
+
+    def bootstrap(self, suite: str, name: str, *, packages: Sequence[str] = (), progress: ProgressSink = ignore) -> Image:
+        image = self._store.bootstrap(suite, name, packages=packages, progress=progress)
+        self._event("import", image.id, name)
+        self._event("tag", image.id, _shown(image, name))
+        return image
+
+    def tag(self, image: Image, name: str) -> None:
+        self._store.tag(image, name)
+        self._event("tag", image.id, name)
+
+    def history(self, image: Image) -> Sequence[History]:
+        return self._store.history(image)
+
+    def remove(self, name: str, *, force: bool = False, prune: bool = True) -> Sequence[Removed]:
+        """Raises Conflict while an instance uses it; with `force` the names go, the data stays until the instance does."""
+        removed = self._store.remove(name, force=force, prune=prune, in_use=self.in_use)
+        image_id = next((item.id for item in removed if item.id), "")
+        for item in removed:
+            if item.name:
+                self._event("untag", item.id or image_id or item.name, item.name)
+            else:
+                self._event("delete", item.id, item.id)
+        return removed
+
+    def in_use(self, image_id: str) -> Sequence[str]:
+        """Ids of the instances made of the image."""
+        return [record.id for record in self._core.registry if record.row.image_id == image_id]
+
+    def count(self) -> int:
+        return len(self._store.list())
+
+    def layer_form(self) -> tuple[str, str]:
+        try:
+            return self._store.layer_form()
+        except AmbiError as error:
+            return "dir", error.message
+
+    def _event(self, action: str, actor: str, name: str) -> None:
+        self._core.bus.publish("image", action, actor, {"name": name})
+
+
+def _shown(image: Image, name: str) -> str:
+    """The name under which the store lists what was just named `name`."""
+    return next((known for known in image.names if known == name or known.rpartition(":")[0] == name), name)

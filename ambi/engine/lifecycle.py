@@ -1,0 +1,302 @@
+"""Start, stop, restart, kill, rename, remove."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import signal as signals_module
+import time
+
+from ambi.core.deadline import Deadline
+from ambi.core.errors import AmbiError, Conflict, InvalidRequest, NotFound, NotModified, Unavailable, from_os_error
+from ambi.core.model import ExitStatus, Isolation, Status
+from ambi.core.plan import LAUNCH_FILE, Layers
+from ambi.engine import mounts, names, signals, spec
+from ambi.engine.core import Core
+from ambi.engine.create import RECORD_FILE, UPPER, write_record, write_whole
+from ambi.engine.records import Record, Run
+
+log = logging.getLogger(__name__)
+
+START_S = 120.0  # a VM without KVM boots in seconds, on a loaded machine in many
+SHIM_END_S = 60.0  # from init's end to the end of its shim: the driver's clean-up
+KILL_S = 30.0
+DEFAULT_STOP_S = 10.0
+_KILL = int(signals_module.SIGKILL)
+
+
+def start(core: Core, id: str) -> None:
+    record = core.registry.find(id)
+    with record.lock:
+        check_present(record)
+        if record.state.running:
+            raise NotModified(f"container {record.id} is already running")
+        try:
+            _start(core, record)
+        except AmbiError as error:
+            _failed(core, record, error)
+            raise
+
+
+def check_present(record: Record) -> None:
+    if record.removing:
+        raise Conflict(f"container {record.id} is marked for removal and cannot be used")
+
+
+def _start(core: Core, record: Record) -> None:
+    """With the lock of `record` held. On failure no process and no shim of it is left."""
+    wait_run_end(core, record)
+    data = core.roots.instance_data(record.id)
+    prepared = spec.prepare(record.id, record.row.isolation, record.row.spec, data)
+    mounts.make_sources(prepared.binds)
+    plan = spec.plan(record.id, record.row.isolation, record.row.spec, _layers(core, record), core.roots, prepared)
+    try:
+        write_whole(data / LAUNCH_FILE, plan.to_json())
+        (data / "exit.json").unlink(missing_ok=True)
+    except OSError as error:
+        raise from_os_error(f"cannot start container {record.id}", error) from error
+    with core.mutex:
+        run = record.run
+    if run is None:
+        run = core.shims.spawn(record)
+    run.starting = True
+    try:
+        answer = run.connection.call("start", by=Deadline.after(START_S))
+    except AmbiError:
+        with core.mutex:
+            run.starting, run.failed = False, True
+            core.changed.notify_all()
+        _drop(core, record, run)
+        raise
+    with core.mutex:
+        run.starting = False
+        state = record.state._replace(
+            status=Status.RUNNING,
+            pid=int(answer.get("pid") or 0),
+            exit_code=0,
+            error="",
+            oom_killed=False,
+            started_ns=time.time_ns(),
+            finished_ns=0,
+        )
+        core.set_state(record, state)
+        core.publish(record, "start")
+        run.started = True
+        if run.exit is not None:
+            core.record_exit(record, run.exit)
+
+
+def _layers(core: Core, record: Record) -> Layers:
+    form = "erofs" if record.row.isolation is Isolation.VM else None
+    try:
+        image = core.store.resolve(record.row.image_id)
+    except NotFound as error:
+        raise NotFound(f"No such image: {record.row.image}", hint=error.hint) from error
+    return Layers(core.store.layers(image, form), core.roots.instance_data(record.id) / UPPER)
+
+
+def _drop(core: Core, record: Record, run: Run) -> None:
+    """A start has failed: have the shim remove what it made and end. A shim that cannot is ended and swept."""
+    try:
+        run.connection.call("delete", by=Deadline.after(KILL_S))
+    except AmbiError as error:
+        log.info("%s: shim after a failed start: %s", record.id[:12], error)
+        core.shims.end(record, run)
+    if not run.gone.wait(SHIM_END_S):
+        core.shims.end(record, run)
+
+
+def _failed(core: Core, record: Record, error: AmbiError) -> None:
+    """Record why a start failed, as Docker does: the status stays, the code is 126, 127 or 128."""
+    code = error.exit_status if error.exit_status in (126, 127) else 128
+    with core.mutex:
+        core.set_state(record, record.state._replace(exit_code=code, error=error.message, pid=0))
+        core.settle(record, "next-exit", ExitStatus(code, error.message))
+    if record.auto_remove:
+        try:
+            _remove(core, record)
+        except AmbiError as problem:
+            error.add_note(f"automatic removal: {problem}")
+
+
+def wait_run_end(core: Core, record: Record) -> None:
+    """See that no shim of an earlier run is left; one that was only attached to stays."""
+    with core.mutex:
+        run = record.run
+    if run is None or (run.exit is None and not run.started):
+        return
+    if not run.gone.wait(SHIM_END_S):
+        raise Unavailable(f"container {record.id}: its last run is not cleaned up after {SHIM_END_S:.0f} s")
+
+
+def stop(core: Core, id: str, timeout_s: float | None, signal: str | None) -> None:
+    record = core.registry.find(id)
+    number = signals.parse(signal) if signal else None
+    with record.lock:
+        if not record.state.running:
+            raise NotModified(f"container {record.id} is not running")
+        _stop(core, record, timeout_s, number)
+
+
+def _stop(core: Core, record: Record, timeout_s: float | None, number: int | None) -> None:
+    """With the lock held and the instance running."""
+    config = record.row.spec.config
+    if timeout_s is None:
+        own = config.get("StopTimeout")
+        timeout_s = DEFAULT_STOP_S if own is None else float(own)
+    run = record.run
+    send(core, record, number or signals.parse(config.get("StopSignal") or "SIGTERM"))
+    by = Deadline.never() if timeout_s < 0 else Deadline.after(timeout_s)
+    if not core.wait_for(lambda: not record.state.running or record.run is not run, by):
+        send(core, record, _KILL)
+        _wait_killed(core, record, run)
+    core.publish(record, "stop")
+
+
+def _wait_killed(core: Core, record: Record, run: Run | None) -> None:
+    """After SIGKILL: an init that does not go, or a shim that does not tell, is ended with its shim."""
+    if core.wait_for(lambda: not record.state.running or record.run is not run, Deadline.after(KILL_S)):
+        return
+    if run is not None:
+        core.shims.end(record, run)
+    if not core.wait_for(lambda: not record.state.running, Deadline.after(KILL_S)):
+        raise Unavailable(f"container {record.id}: tried to kill it, but did not receive an exit event")
+
+
+def send(core: Core, record: Record, number: int) -> None:
+    """Signal init. One that has just ended is no error."""
+    with core.mutex:
+        run = record.run
+    if run is None:
+        return
+    core.publish(record, "kill", signal=str(number))
+    try:
+        run.connection.call("signal", signal=number, exec_id=None, by=soon())
+    except (Conflict, Unavailable) as error:  # it has ended meanwhile
+        log.info("%s: signal %d: %s", record.id[:12], number, error)
+
+
+def restart(core: Core, id: str, timeout_s: float | None, signal: str | None) -> None:
+    record = core.registry.find(id)
+    number = signals.parse(signal) if signal else None
+    with record.lock:
+        check_present(record)
+        if record.state.running:
+            _stop(core, record, timeout_s, number)
+        try:
+            _start(core, record)
+        except AmbiError as error:
+            _failed(core, record, error)
+            raise
+        core.publish(record, "restart")
+
+
+def kill(core: Core, id: str, signal: str | None) -> None:
+    """Does not take the lock: a stop that waits must not keep a kill out."""
+    record = core.registry.find(id)
+    number = signals.parse(signal) if signal else _KILL
+    if not record.state.running:
+        raise Conflict(f"Cannot kill container: {id}: Container {record.id} is not running")
+    run = record.run
+    send(core, record, number)
+    if number == _KILL:
+        _wait_killed(core, record, run)
+
+
+def rename(core: Core, id: str, name: str) -> None:
+    record = core.registry.find(id)
+    if not name:
+        raise InvalidRequest("Neither old nor new names may be empty")
+    with record.lock:
+        check_present(record)
+        old, new = record.name, names.checked(name)
+        if new == old:
+            raise InvalidRequest("Renaming a container with the same name as its current name")
+        core.registry.reserve(new, record.id)
+        try:
+            row = record.row._replace(name=new)
+            write_record(core.roots.instance_data(record.id), row)
+            core.db.set_name(record.id, new)
+        except OSError as error:
+            core.registry.release(new)
+            raise from_os_error(f"cannot rename container {record.id}", error) from error
+        record.row = row
+        core.registry.release(old)
+        core.publish(record, "rename", oldName=f"/{old}")
+
+
+def remove(core: Core, id: str, force: bool) -> None:
+    record = core.registry.find(id)
+    if force and record.state.running:
+        run = record.run
+        send(core, record, _KILL)  # before the lock, which a stop may hold for long
+        _wait_killed(core, record, run)
+    if record.removing:
+        raise Conflict(f"removal of container {record.id} is already in progress")
+    with record.lock:
+        core.registry.find(record.id)  # it may be gone since
+        _remove(core, record)
+
+
+def _remove(core: Core, record: Record) -> None:
+    """With the lock held. Raises Conflict when it runs or is being removed already."""
+    with core.mutex:
+        if record.removing:
+            raise Conflict(f"removal of container {record.id} is already in progress")
+        if record.state.running:
+            raise Conflict(
+                f"You cannot remove a running container {record.id}. Stop the container before attempting removal or"
+                " force remove"
+            )
+        record.removing = True
+    try:
+        end_shim(core, record)
+        discard(core, record)
+    except BaseException:
+        record.removing = False
+        raise
+    with core.mutex:
+        core.registry.drop(record)
+        core.publish(record, "destroy")
+        status = ExitStatus(record.state.exit_code, record.state.error)
+        for condition in ("removed", "next-exit", "not-running"):
+            core.settle(record, condition, status)
+        core.changed.notify_all()
+
+
+def end_shim(core: Core, record: Record) -> None:
+    """See that no shim of `record` is left, whatever it is doing. With the lock held."""
+    with core.mutex:
+        run = record.run
+    if run is None:
+        return
+    if run.exit is None and not run.started:
+        _drop(core, record, run)
+    elif not run.gone.wait(SHIM_END_S):
+        core.shims.end(record, run)
+
+
+def discard(core: Core, record: Record) -> None:
+    """Remove the directories and the row. The record goes first: a directory without one is a removal to be finished."""
+    data, run = core.roots.instance_data(record.id), core.roots.instance_run(record.id)
+    try:
+        (data / RECORD_FILE).unlink(missing_ok=True)
+        core.db.delete(record.id)
+        for directory in (run, data):
+            if directory.exists():
+                shutil.rmtree(directory)
+    except OSError as error:
+        raise from_os_error(f"cannot remove container {record.id}", error) from error
+
+
+def auto_remove(core: Core, record: Record) -> None:
+    """After the end of a run of an instance made with `--rm`."""
+    with record.lock:
+        if record.removing or record.state.running:
+            return
+        _remove(core, record)
+
+
+def soon() -> Deadline:
+    """When a shim that is asked for something small has answered."""
+    return Deadline.after(KILL_S)

@@ -1,0 +1,186 @@
+"""The instances in memory: what is stored of them, and what only a running engine knows."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+
+from ambi.core.errors import Conflict, InvalidRequest, NotFound
+from ambi.core.model import ExecId, ExitStatus, InstanceId
+from ambi.core.roots import Roots
+from ambi.engine import logopts
+from ambi.engine.request import argv_of
+from ambi.engine.state import Row
+from ambi.engine.types import Exec, Instance, State
+from ambi.engine.wait import WaitTicket
+from ambi.shim.client import ShimConnection
+
+
+class Run:
+    """One shim, from its birth to the end of its connection. Changed under the engine's mutex.
+
+    starting: a start is on its way. started: init runs or ran, and is recorded so. failed: the start failed. exit: how init
+    ended, known before `gone`. gone: the connection has ended, what the kernel held of the instance is free.
+    """
+
+    __slots__ = ("connection", "exit", "failed", "gone", "started", "starting")
+
+    connection: ShimConnection
+
+    def __init__(self) -> None:
+        self.failed = False
+        self.starting = False
+        self.started = False
+        self.exit: ExitStatus | None = None
+        self.gone = threading.Event()
+
+
+class ExecRecord:
+    """One exec. Changed under the engine's mutex."""
+
+    __slots__ = ("config", "exit_code", "id", "instance", "pid", "started")
+
+    def __init__(self, exec_id: ExecId, instance: Record, config: dict[str, object]) -> None:
+        self.id = exec_id
+        self.instance = instance
+        self.config = config
+        self.pid = 0
+        self.started = False
+        self.exit_code: int | None = None
+
+    def snapshot(self) -> Exec:
+        running = self.started and self.exit_code is None
+        return Exec(self.id, self.instance.id, self.config, running, self.exit_code, self.pid)
+
+
+class Record:
+    """One instance. `lock` is held through start, stop, rename and remove; everything else changes under the mutex."""
+
+    __slots__ = ("execs", "lock", "removing", "row", "run", "state", "tickets")
+
+    def __init__(self, row: Row) -> None:
+        self.row = row
+        self.state: State = row.state
+        self.lock = threading.RLock()
+        self.run: Run | None = None
+        self.execs: dict[ExecId, ExecRecord] = {}
+        self.tickets: list[WaitTicket] = []
+        self.removing = False
+
+    @property
+    def id(self) -> InstanceId:
+        return self.row.id
+
+    @property
+    def name(self) -> str:
+        return self.row.name
+
+    @property
+    def auto_remove(self) -> bool:
+        return bool(self.row.spec.host.get("AutoRemove"))
+
+    def snapshot(self, roots: Roots) -> Instance:
+        row = self.row
+        data = roots.instance_data(row.id)
+        return Instance(
+            id=row.id,
+            name=row.name,
+            workload=row.workload,
+            isolation=row.isolation,
+            image=row.image,
+            image_id=row.image_id,
+            spec=row.spec,
+            argv=argv_of(row.spec.config),
+            created_ns=row.created_ns,
+            state=self.state,
+            restart_count=row.restart_count,
+            exec_ids=tuple(self.execs),
+            data_dir=data,
+            run_dir=roots.instance_run(row.id),
+            log_path=logopts.log_path(row.spec.host, data, row.id),
+        )
+
+
+class Registry:
+    """Records by id, name and prefix, under a lock of its own."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._records: dict[str, Record] = {}
+        self._names: dict[str, str] = {}  # name to id; also names that a create has reserved
+        self._execs: dict[str, ExecRecord] = {}
+
+    def __iter__(self) -> Iterator[Record]:
+        with self._lock:
+            return iter(list(self._records.values()))
+
+    def __contains__(self, id: str) -> bool:
+        return id in self._records
+
+    def names(self) -> set[str]:
+        with self._lock:
+            return set(self._names)
+
+    def reserve(self, name: str, id: str) -> None:
+        """Take `name` for the instance `id`. Raises Conflict with Docker's words."""
+        with self._lock:
+            owner = self._names.setdefault(name, id)
+        if owner != id:
+            raise Conflict(
+                f'Conflict. The container name "/{name}" is already in use by container "{owner}". You have to remove'
+                " (or rename) that container to be able to reuse that name."
+            )
+
+    def release(self, name: str) -> None:
+        with self._lock:
+            self._names.pop(name, None)
+
+    def add(self, record: Record) -> None:
+        with self._lock:
+            self._records[record.id] = record
+            self._names[record.name] = record.id
+
+    def drop(self, record: Record) -> None:
+        with self._lock:
+            self._records.pop(record.id, None)
+            self._names.pop(record.name, None)
+            for exec_id in record.execs:
+                self._execs.pop(exec_id, None)
+
+    def find(self, id: str) -> Record:
+        """By id, name or unique prefix of an id, in this order."""
+        name = id.removeprefix("/")
+        with self._lock:
+            record = self._records.get(id) or self._records.get(self._names.get(name, ""))
+            if record is None and id:
+                found = [r for key, r in self._records.items() if key.startswith(id)]
+                if len(found) > 1:
+                    raise InvalidRequest(f"Multiple IDs found with provided prefix: {id}")
+                record = found[0] if found else None
+        if record is None:
+            raise NotFound(f"No such container: {id}")
+        return record
+
+    def add_exec(self, record: ExecRecord) -> None:
+        with self._lock:
+            self._execs[record.id] = record
+            record.instance.execs[record.id] = record
+
+    def drop_execs(self, instance: Record) -> list[str]:
+        """Forget the execs of an instance; returns their ids."""
+        with self._lock:
+            ids: list[str] = list(instance.execs)
+            instance.execs.clear()
+            for exec_id in ids:
+                self._execs.pop(exec_id, None)
+        return ids
+
+    def find_exec(self, id: str) -> ExecRecord:
+        with self._lock:
+            record = self._execs.get(id)
+            if record is None and len(id) >= 4:
+                found = [r for key, r in self._execs.items() if key.startswith(id)]
+                record = found[0] if len(found) == 1 else None
+        if record is None:
+            raise NotFound(f"No such exec instance: {id}")
+        return record
