@@ -189,6 +189,7 @@ class Connection:
         self.answered = False  # a head has been sent for the current request
         self._request: Request | None = None
         self._buffer = bytearray()
+        self._input_ended = False
 
     # requests
 
@@ -255,6 +256,7 @@ class Connection:
             if not data:
                 if buffer:
                     raise Malformed(400, "the request's head ended early")
+                self._input_ended = True
                 return None
             buffer += data
 
@@ -318,7 +320,7 @@ class Connection:
     def close(self) -> None:
         """Close our descriptor; a hijacked socket lives on in other hands. What the client still sends of a body is read
         for a moment, since a socket that is closed with unread input takes the answer with it."""
-        if self.hijacked:
+        if self.hijacked or self._input_ended:
             self.socket.close()
             return
         try:

@@ -12,10 +12,10 @@ from ambi.api.exchange import Call, Reply, json_reply
 from ambi.api.progress import ProgressStream
 from ambi.api.query import Filters, one_flag
 from ambi.api.router import Route
-from ambi.core.errors import InvalidRequest, Unsupported
+from ambi.core.errors import Conflict, InvalidRequest, NotFound, Unsupported
 
 if TYPE_CHECKING:
-    from images.store import Image
+    from images.store import Image, Removed
 
 _LIST_FILTERS = frozenset(("before", "dangling", "label", "reference", "since", "until"))
 _PRUNE_FILTERS = frozenset(("dangling", "label", "label!", "until"))
@@ -139,7 +139,33 @@ def tag(call: Call) -> Reply:
 def remove(call: Call) -> Reply:
     query = call.query
     removed = call.engine.images.remove(call.name, force=query.flag("force"), prune=not query.flag("noprune"))
-    return json_reply([{"Untagged": item.name} if item.name else {"Deleted": item.id} for item in removed])
+    return json_reply([_removed(item) for item in removed])
+
+
+def prune(call: Call) -> Reply:
+    """Remove images without a name, with `dangling=false` every one that no instance uses."""
+    filters = call.query.filters(_PRUNE_FILTERS)
+    unwanted = filters.pop("label!", [])
+    if filters.get("dangling") and not one_flag("dangling", filters.pop("dangling")):
+        fits = _filter(call, filters)
+    else:
+        fits = _filter(call, {**filters, "dangling": ["true"]})
+    deleted: list[dict[str, str]] = []
+    freed_bytes = 0
+    for image in call.engine.images.list():
+        if not fits(image) or any(has_label(shapes.labels(image), label) for label in unwanted):
+            continue
+        try:
+            removed = [item for name in image.names or (image.id,) for item in call.engine.images.remove(name)]
+        except (Conflict, NotFound):  # in use, or somebody else was faster
+            continue
+        deleted += map(_removed, removed)
+        freed_bytes += image.size_bytes if any(not item.name for item in removed) else 0
+    return json_reply({"ImagesDeleted": deleted or None, "SpaceReclaimed": freed_bytes})
+
+
+def _removed(item: Removed) -> dict[str, str]:
+    return {"Untagged": item.name} if item.name else {"Deleted": item.id}
 
 
 def history(call: Call) -> Reply:
@@ -171,6 +197,7 @@ ROUTES = (
     Route("GET", "/images/json", list_images),
     Route("POST", "/images/create", create),
     Route("POST", "/images/load", load),
+    Route("POST", "/images/prune", prune),
     Route("GET", "/images/search", refuse_registry),
     Route("GET", "/images/get", refuse_save),
     Route("GET", "/images/{}/get", refuse_save),
