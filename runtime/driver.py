@@ -17,7 +17,16 @@ from ambi.core.undo import Undo
 from ambi.linux import paths, process, seccomp
 from runtime import cgroups, devices, features, init, rootfs, spawn, validate
 from runtime.cgroups.v1 import Group, V1Group
-from runtime.container import Container, ContainerProcess, Stdio, adopt_child, close_streams, end_child, terminal_streams
+from runtime.container import (
+    Container,
+    ContainerProcess,
+    Stdio,
+    adopt_child,
+    close_streams,
+    end_child,
+    remove_files,
+    terminal_streams,
+)
 from runtime.finish import Filter
 from runtime.park import Starter
 
@@ -50,6 +59,12 @@ class ContainerDriver:
                 self._starter = Starter.make(cgroups.hierarchies())
             except OSError:
                 self._starter = None
+
+    def unpark(self) -> None:
+        """Remove what `park` made and no `create` has used."""
+        starter, self._starter = self._starter, None
+        if starter is not None:
+            starter.discard()
 
     def create(self, plan: LaunchPlan, undo: Undo, by: Deadline, loop: Loop) -> Container:
         problems = self.check(plan)
@@ -215,13 +230,3 @@ def write_files(plan: LaunchPlan, undo: Undo) -> tuple[Path, list[tuple[str, str
         os.chmod(path, stat.S_IMODE(file.mode))
         written.append((str(file.path), path))
     return directory, written
-
-
-def remove_files(directory: Path) -> None:
-    """Remove the flat directory of files, if it is there."""
-    try:
-        for name in os.listdir(directory):
-            os.unlink(directory / name)
-        directory.rmdir()
-    except FileNotFoundError:
-        pass

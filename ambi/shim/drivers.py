@@ -3,11 +3,23 @@
 from __future__ import annotations
 
 from importlib import import_module
+from pathlib import Path
+from typing import Protocol
 
 from ambi.core.driver import Driver
-from ambi.core.errors import InvalidRequest, Unsupported
+from ambi.core.errors import AmbiError, InvalidRequest, Unsupported
 
 TABLE = {"container": "runtime.driver:ContainerDriver", "vm": "hyper.driver:VmDriver"}
+
+
+class Parkable(Driver, Protocol):
+    """A driver that can do a part of `create` before there is a plan, in the very process that creates later."""
+
+    def park(self, run_dir: Path) -> None:
+        """Prepare, if that saves anything on this host. Failing is no error."""
+
+    def unpark(self) -> None:
+        """Remove what `park` made and nobody used."""
 
 
 def preload() -> dict[str, str]:
@@ -36,3 +48,12 @@ def find(isolation: str) -> type[Driver]:
 def load(isolation: str) -> Driver:
     """A driver for `isolation`; errors as `find`."""
     return find(isolation)()
+
+
+def parkable(isolation: str) -> Parkable | None:
+    """A driver for `isolation` that can be parked, None when it cannot or is not installed."""
+    try:
+        driver = load(isolation)
+    except AmbiError:
+        return None
+    return driver if hasattr(driver, "park") and hasattr(driver, "unpark") else None  # type: ignore[return-value]

@@ -51,13 +51,13 @@ class Spec(NamedTuple):
 class Shim:
     """State of one supervised run; `turn` is called until `done`."""
 
-    def __init__(self, spec: Spec, loop: Loop, control: Control) -> None:
+    def __init__(self, spec: Spec, loop: Loop, control: Control, driver: Driver | None = None) -> None:
         self.spec = spec
         self.loop = loop
         self.control = control
         self.done = False
         self._phase = "new"  # then "running", "ended"
-        self._driver: Driver | None = None
+        self._driver = driver
         self._created: Created | None = None
         self._hub = Hub(loop, spec.data_dir, terminal=False, stdin_once=False)
         self._hub.on_detach = lambda: self.control.event({"event": "detach", "exec_id": None})
@@ -127,9 +127,9 @@ class Shim:
         self._hub.terminal, self._hub.stdin_once = terminal, supervision.stdin_once
         if supervision.log is not None:
             self._log = LogWriter(str(supervision.log), supervision.log_max_bytes, supervision.log_max_files)
-        self._driver = drivers.load(plan.isolation.value)
+        driver = self._driver or drivers.load(plan.isolation.value)
         with Undo() as undo:
-            created = self._driver.create(plan, undo, by, self.loop)
+            created = driver.create(plan, undo, by, self.loop)
             undo.keep()
         self._created = created
         try:
@@ -340,15 +340,19 @@ HANDLERS: dict[str, Callable[[Shim, Request], dict[str, Any] | None]] = {
 }
 
 
-def supervise(spec: Spec, sock: socket.socket) -> int:
-    """Be the shim of `spec`, with `sock` as the first control connection. Returns the process's exit status."""
-    os.setsid()
+def supervise(spec: Spec, sock: socket.socket, driver: Driver | None = None) -> int:
+    """Be the shim of `spec`, with `sock` as the first control connection. Returns the process's exit status.
+
+    driver: one that was parked in this process for the isolation of `spec`.
+    """
+    if os.getsid(0) != os.getpid():
+        os.setsid()
     os.makedirs(spec.run_dir, 0o700, exist_ok=True)
     record.write(spec.run_dir)
     loop = Loop()
     control = Control(loop, os.path.join(spec.run_dir, record.SOCKET))
     control.add(sock)
-    shim = Shim(spec, loop, control)
+    shim = Shim(spec, loop, control, driver)
     while not shim.done:
         shim.turn()
     control.close()

@@ -13,14 +13,17 @@ import os
 import signal
 import socket
 import sys
+from collections.abc import Callable
 from typing import Any
 
 from ambi.core.errors import AmbiError, Internal, InvalidRequest, from_os_error
 from ambi.core.loop import POLLIN, Loop
 from ambi.linux import mount, process, unix
-from ambi.shim import drivers, record, shim
+from ambi.shim import drivers, parking, record, shim
 
 MAX_CONNECTIONS = 64  # of engines; there is one, and whoever looks at us with a test
+PARKED_ISOLATION = "container"
+PARK_AGAIN_SECONDS = 0.03  # after a spawn: not in the way of the start that it was for
 SPAWN_FIELDS = ("id", "isolation", "data_dir", "run_dir", "run_root")
 
 
@@ -34,6 +37,7 @@ class Zygote:
         self._loop = Loop()
         self._connections: dict[int, socket.socket] = {}
         self._stopped = False
+        self._parked: parking.Parked | None = None
         self._wake_read, self._wake_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
 
     def serve(self) -> None:
@@ -44,7 +48,10 @@ class Zygote:
         self._listener.setblocking(False)
         self._loop.watch(self._wake_read, POLLIN, self._on_signal)
         self._loop.watch(self._listener.fileno(), POLLIN, self._accept)
+        self._park()
         self._loop.run(lambda: self._stopped)
+        if self._parked is not None:
+            self._parked.end()
 
     def _on_term(self, *_: object) -> None:
         self._stopped = True
@@ -65,6 +72,9 @@ class Zygote:
                 return
             if pid == 0:
                 return
+            if self._parked is not None and self._parked.pid == pid:
+                self._parked.close()
+                self._parked = None
             if status != 0:
                 report(f"shim {pid} ended with {os.waitstatus_to_exitcode(status)}")
 
@@ -138,13 +148,29 @@ class Zygote:
         if len(message.fds) != 1:
             raise InvalidRequest(f"spawn: wants one descriptor, not {len(message.fds)}")
         drivers.find(body["isolation"])
-        pid = os.fork()
-        if pid == 0:
-            self._become_shim(message)
-        return pid
+        wanted = {name: body[name] for name in SPAWN_FIELDS}
+        if body["isolation"] == PARKED_ISOLATION:
+            self._loop.later(PARK_AGAIN_SECONDS, self._park)
+            parked, self._parked = self._parked, None
+            if parked is not None and parked.give(wanted, message.fds[0]):
+                return parked.pid
+        return self._fork(lambda: shim.supervise(shim.Spec(**wanted, home=self.home), socket.socket(fileno=message.fds[0])))
 
-    def _become_shim(self, message: unix.Message) -> None:
-        """In the child: drop all that is the zygote's and supervise. Never returns."""
+    def _park(self) -> None:
+        """Have a shim ready for the next start, where the driver can prepare something."""
+        driver = drivers.parkable(PARKED_ISOLATION) if self._parked is None else None
+        if driver is None or self._stopped:
+            return
+        ours, theirs = unix.pair()
+        pid = self._fork(lambda: parking.wait(driver, ours, theirs, self.run_root, self.home))
+        theirs.close()
+        self._parked = parking.Parked(pid, ours)
+
+    def _fork(self, life: Callable[[], int]) -> int:
+        """A child that has nothing of the zygote's and lives `life`; its result is the exit status. Returns the pid."""
+        pid = os.fork()
+        if pid:
+            return pid
         status = 1
         try:
             signal.set_wakeup_fd(-1)
@@ -152,11 +178,12 @@ class Zygote:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             for sock in (self._listener, *self._connections.values()):
                 sock.close()
+            if self._parked is not None:
+                self._parked.close()
             os.close(self._wake_read)
             os.close(self._wake_write)
-            spec = shim.Spec(**{name: message.body[name] for name in SPAWN_FIELDS}, home=self.home)
             set_name("ambi-shim")
-            status = shim.supervise(spec, socket.socket(fileno=message.fds.pop()))
+            status = life()
         except BaseException as error:
             shim.trace(error)
         finally:
