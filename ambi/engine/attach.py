@@ -40,14 +40,25 @@ def wire(attach: Attach, *, stdin: bool, tty: bool, pending: bytes) -> dict[str,
 
 
 def attach(core: Core, id: str, wanted: Attach, sock: socket.socket, pending: bytes, write_head: Callable[[], None]) -> None:
-    """See `Engine.attach`."""
+    """See `Engine.attach`. A client that has its answer may ask for the start at once, which waits for the hand-over."""
     record = core.registry.find(id)
     check_present(record)
     if record.state.status is Status.PAUSED:
         raise Conflict(f"Container {record.id} is paused, unpause the container before attach.")
-    config = record.row.spec.config
     run = _run(core, record) if wanted.stream else record.run
-    write_head()
+    with core.mutex:
+        record.attaching += 1
+    try:
+        write_head()
+        _hand_over(core, record, run, wanted, sock, pending)
+    finally:
+        with core.mutex:
+            record.attaching -= 1
+            core.changed.notify_all()
+
+
+def _hand_over(core: Core, record: Record, run: Run | None, wanted: Attach, sock: socket.socket, pending: bytes) -> None:
+    config = record.row.spec.config
     if wanted.logs and (run is None or not run.started):
         _replay(core, record, wanted, sock)
         wanted = wanted._replace(logs=False)

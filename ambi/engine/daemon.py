@@ -276,7 +276,7 @@ def _await_service(roots: Roots, output: int) -> int:
 
 
 def _leave_cgroup() -> None:
-    """Move to a cgroup of our own in the hierarchy by which systemd ends sessions and services: the caller's end is not ours.
+    """Move to a cgroup of our own in the hierarchy by which systemd ends sessions and services.
 
     The resource controllers of cgroup v1 stay as they are.
     """

@@ -74,6 +74,7 @@ class Engine:
         core.shims = Shims(core)
         core.on_auto_remove = lambda record: lifecycle.auto_remove(core, record)
         adopt.restore(core)
+        core.shims.warm_up()
 
     def close(self) -> None:
         """Let go of everything; instances run on."""

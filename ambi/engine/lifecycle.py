@@ -59,6 +59,7 @@ def _start(core: Core, record: Record) -> None:
         run = record.run
     if run is None:
         run = core.shims.spawn(record)
+    core.wait_for(lambda: record.attaching == 0, soon())
     run.starting = True
     try:
         answer = run.connection.call("start", by=Deadline.after(START_S))

@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 
 _START_OUTCOME_S = 300.0  # a start that is under way has a result by then
 _DEATH_S = 10.0
+_GRACE_S = 10.0  # for a shim that still serves what clients have not read
 
 
 class Shims:
@@ -40,13 +41,23 @@ class Shims:
         """Starts the zygote when there is none. Raises Unavailable."""
         return int(self._zygote.ping()["pid"])
 
+    def warm_up(self) -> None:
+        """Start the zygote before somebody waits for it."""
+        threading.Thread(target=self._warm_up, name="warm-up", daemon=True).start()
+
+    def _warm_up(self) -> None:
+        try:
+            self.zygote_pid()
+        except AmbiError as error:
+            log.error("%s", error)
+
     def close(self) -> None:
-        """Let go of every shim; instances run on."""
+        """Let go of every shim and end the zygote; instances run on, and keep the layers' mount namespace."""
         self._closed = True
         for record in self._core.registry:
             if record.run is not None:
                 record.run.connection.close()
-        self._zygote.close()
+        self._zygote.stop()
 
     def spawn(self, record: Record) -> Run:
         """A new shim for the next run of `record`, whose lock is held. Nothing has been started."""
@@ -117,7 +128,7 @@ class Shims:
             if run.exit is None and run.started:
                 self._lost(record, run)
             elif run.failed:
-                self.kill_shim(record.id)
+                self.kill_shim(record.id, grace_s=_GRACE_S)
                 self.sweep(record.id)
         except Exception:
             log.exception("%s: after the end of its shim", record.id[:12])
@@ -141,8 +152,8 @@ class Shims:
         if not run.gone.wait(_START_OUTCOME_S):
             raise Unavailable(f"container {record.id}: its shim is dead, but what it left could not be removed")
 
-    def kill_shim(self, id: str) -> None:
-        """SIGKILL for the process in shim.json, if it is still that process; returns when it is dead."""
+    def kill_shim(self, id: str, *, grace_s: float = 0.0) -> None:
+        """SIGKILL for the process in shim.json, if it is still that process after `grace_s`; returns when it is dead."""
         found = shim_record.read(self._core.roots.instance_run(id))
         if found is None or not found.alive():
             return
@@ -151,7 +162,7 @@ class Shims:
         except OSError:
             return
         try:
-            if not found.alive():
+            if select.select([pidfd], [], [], grace_s)[0] or not found.alive():
                 return
             signal.pidfd_send_signal(pidfd, signal.SIGKILL)
             if not select.select([pidfd], [], [], _DEATH_S)[0]:

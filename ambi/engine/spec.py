@@ -73,11 +73,16 @@ def plan(
 
 
 def environment(config: Body) -> list[str]:
-    """Docker's own variables, then those of the config, which win."""
+    """Docker's own variables, replaced in place by those of the config, then the rest of the config's.
+
+    A name without a value takes Docker's own away.
+    """
     own = config.strings("Env")
-    names = {item.partition("=")[0] for item in own}
+    values = {item.partition("=")[0]: item for item in own}
     base = [DEFAULT_PATH, f"HOSTNAME={config.text('Hostname')}"] + (["TERM=xterm"] if config.flag("Tty") else [])
-    return [x for x in base if x.partition("=")[0] not in names] + [x for x in own if "=" in x]
+    names = {item.partition("=")[0] for item in base}
+    merged = [values.get(item.partition("=")[0], item) for item in base]
+    return [x for x in merged + [x for x in own if x.partition("=")[0] not in names] if "=" in x]
 
 
 def _process(config: Body, host: Body, options: security.SecurityOptions) -> dict[str, Any]:
