@@ -25,9 +25,9 @@ def _root() -> str | None:
 
 @functools.cache
 def _kvm() -> str | None:
-    from hyper.probe import probe_kvm
+    from hyper.kvm.probe import problem
 
-    return probe_kvm().problem
+    return problem()
 
 
 @functools.cache
