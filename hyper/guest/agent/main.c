@@ -307,7 +307,7 @@ static void watch(int epoll, int fd, uint32_t events, void *pointer) {
 static void serve(struct agent *a, int signals) {
     const struct frame_handler handler = {on_frame, on_synced, a};
     watch(a->processes.epoll, a->port.fd, EPOLLIN | EPOLLOUT | EPOLLET, &a->port);
-    watch(a->processes.epoll, signals, EPOLLIN, a);
+    watch(a->processes.epoll, signals, EPOLLIN, &a->workload);
     for (;;) {
         struct epoll_event events[EVENTS];
         port_flush(&a->port);
@@ -317,7 +317,7 @@ static void serve(struct agent *a, int signals) {
         for (int i = 0; i < count; i++) {
             if (events[i].data.ptr == &a->port)
                 port_read(&a->port, &handler);
-            else if (events[i].data.ptr == a)
+            else if (events[i].data.ptr == &a->workload)
                 reap(a, signals);
             else
                 process_ready(&a->processes, events[i].data.ptr);
