@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -236,13 +235,23 @@ class Container:
             process_.reap()
         self._last_usage = self._last_usage or self._group.usage()
         self._group.remove(by)
-        shutil.rmtree(self._files, ignore_errors=True)
+        remove_files(self._files)
         if self._channel is not None:
             self._channel.close()
             self._channel = None
         for process_ in (self._init, *self._execs):
             process_.close(self._loop)
         self._execs = []
+
+
+def remove_files(directory: Path) -> None:
+    """Remove the flat directory of files, if it is there."""
+    try:
+        for name in os.listdir(directory):
+            os.unlink(directory / name)
+        directory.rmdir()
+    except FileNotFoundError:
+        pass
 
 
 def terminal_streams(fds: list[int]) -> Streams:
