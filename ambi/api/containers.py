@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from ambi.api import instance_shapes as shapes
 from ambi.api.exchange import NO_CONTENT, Call, Reply, json_reply
 from ambi.api.query import Query
 from ambi.api.router import Route
 from ambi.api.top import table
-from ambi.core.errors import InvalidRequest, Unsupported
-from ambi.engine.types import CreateSpec
+from ambi.core.errors import InvalidRequest, NotFound, Unsupported
+from ambi.engine.query import tree_bytes
+from ambi.engine.types import CreateSpec, Instance
+
+if TYPE_CHECKING:
+    from ambi.engine.engine import Engine
 
 _LIST_FILTERS = frozenset((
     "ancestor", "before", "exited", "expose", "health", "id", "is-task", "isolation", "label", "name", "network", "publish",
@@ -24,7 +30,11 @@ def list_containers(call: Call) -> Reply:
     before, since = query.text("before") or None, query.text("since") or None
     every = query.flag("all") or limit > 0 or before is not None or since is not None
     instances = call.engine.list(every, filters, max(0, limit), before, since)
-    return json_reply([shapes.summary(instance) for instance in instances])
+    rows = [shapes.summary(instance) for instance in instances]
+    if query.flag("size"):
+        for row, instance in zip(rows, instances, strict=True):
+            row.update(sizes(call.engine, instance))
+    return json_reply(rows)
 
 
 def create(call: Call) -> Reply:
@@ -43,7 +53,21 @@ def create(call: Call) -> Reply:
 
 
 def inspect(call: Call) -> Reply:
-    return json_reply(shapes.inspect(call.engine.get(call.name), call.version))
+    instance = call.engine.get(call.name)
+    shown = shapes.inspect(instance, call.version)
+    if call.query.flag("size"):
+        shown.update(sizes(call.engine, instance))
+    return json_reply(shown)
+
+
+def sizes(engine: Engine, instance: Instance) -> dict[str, int]:
+    """What it has written, and that with its image, in bytes. A VM's disk counts as far as it is allocated."""
+    written = tree_bytes(str(instance.data_dir / "upper"))
+    try:
+        image = engine.images.resolve(instance.image_id).size_bytes
+    except NotFound:  # removed by force
+        image = 0
+    return {"SizeRw": written, "SizeRootFs": image + written}
 
 
 def start(call: Call) -> Reply:

@@ -6,6 +6,7 @@ import os
 import platform
 import time
 
+from ambi.api import containers, image_shapes, instance_shapes
 from ambi.api.exchange import API_VERSION, COMMON_HEADERS, MIN_API_VERSION, Call, Reply, json_reply
 from ambi.api.router import Route
 from ambi.api.stats import host_memory_bytes
@@ -105,6 +106,23 @@ def _operating_system() -> str:
         return "Linux"
 
 
+def disk_usage(call: Call) -> Reply:
+    """Space by kind. Layers that images share are counted with each of them, as the store tells sizes by image."""
+    engine, instances = call.engine, call.engine.list(True, {})
+    images = engine.images.list()
+    users = [instance.image_id for instance in instances]
+    rows = [{**instance_shapes.summary(it), **containers.sizes(engine, it)} for it in instances]
+    shown = [{**image_shapes.summary(it, call.version, users.count(it.id)), "SharedSize": 0} for it in images]
+    return json_reply({
+        "LayersSize": sum(image.size_bytes for image in images),
+        "Images": shown,
+        "Containers": rows,
+        "Volumes": [],
+        "BuildCache": [],
+        "BuilderSize": 0,
+    })  # fmt: skip
+
+
 def no_plugins(call: Call) -> Reply:
     return json_reply([])
 
@@ -137,6 +155,7 @@ ROUTES = (
     Route("GET", "/_ping", ping),
     Route("GET", "/version", version),
     Route("GET", "/info", info),
+    Route("GET", "/system/df", disk_usage),
     Route("POST", "/auth", no_login),
     Route("GET", "/distribution/{}/json", no_login),
     Route("POST", "/build", no_build),
