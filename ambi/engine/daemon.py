@@ -196,8 +196,7 @@ def _write_start_file(roots: Roots) -> None:
 def _log_to(path: Path) -> None:
     """Log to a rotated file, and to stderr when that is somebody's."""
     handlers: list[logging.Handler] = [
-        logging.handlers.RotatingFileHandler(path, maxBytes=SERVER = "ambi.api.server"  # on the floor above, so loaded by name: its `serve(engine, path)` returns what `close` ends
-_LOG_BYTES, backupCount=_LOG_FILES)
+        logging.handlers.RotatingFileHandler(path, maxBytes=_LOG_BYTES, backupCount=_LOG_FILES)
     ]
     if os.isatty(2):
         handlers.append(logging.StreamHandler())

@@ -146,7 +146,8 @@ def test_events_are_replayed_then_live_and_end(bus: EventBus) -> None:
     "wanted,count",
     [
         ({}, 3), ({"type": ["image"]}, 1), ({"event": ["exec_start"]}, 1), ({"event": ["exec"]}, 0),
-        ({"label": ["tier"]}, 1), ({"label": ["tier=back"]}, 0), ({"image": ["debian"]}, 2), ({"container": ["id1"]}, 2), ({"network": ["x"]}, 0),
+        ({"label": ["tier"]}, 1), ({"label": ["tier=back"]}, 0), ({"image": ["debian"]}, 2),
+        ({"container": ["id1"]}, 2), ({"network": ["x"]}, 0),
     ],
 )  # fmt: skip
 def test_filters_of_events(bus: EventBus, wanted: dict[str, list[str]], count: int) -> None:
