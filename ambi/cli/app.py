@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from ambi.client.client import Client
 from ambi.core.errors import AmbiError
 from ambi.core.roots import Roots
+
+if TYPE_CHECKING:
+    from ambi.client.client import Client
 
 
 class ExitWith(Exception):
@@ -31,11 +33,15 @@ class App:
     def client(self) -> Client:
         """Connects when first used, and then starts the engine when nobody listens."""
         if self._client is None:
+            from ambi.client.client import Client
+
             self._client = Client(self.roots, report=_note)
         return self._client
 
     def quiet_client(self, *, seconds: float | None = None) -> Client:
         """A client that never starts an engine: for completion and for questions about the engine itself."""
+        from ambi.client.client import Client
+
         return Client(self.roots, starts=False, seconds=seconds)
 
 
@@ -99,7 +105,9 @@ def _boolean(flag: str, text: str) -> bool:
         return True
     if text in ("0", "f", "F", "FALSE", "false", "False"):
         return False
-    raise click.BadParameter(f"'{text}' is neither true nor false", param_hint=flag)
+    from ambi.core.errors import InvalidRequest
+
+    raise InvalidRequest(f"invalid value for {flag}: '{text}' is neither true nor false", hint=f"{flag} or {flag}=false")
 
 
 def _takes_next(options: dict[str, click.Option], arg: str) -> bool:

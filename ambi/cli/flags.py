@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -14,17 +15,31 @@ F = TypeVar("F", bound=Callable[..., Any])
 FORMAT_HELP = "`table`, `json`, `table TEMPLATE` or a Go template such as '{{.ID}} {{.Names}}'."
 
 
+class Option(click.Option):
+    """An option whose variable is called as the option is: AMBI_PS_FORMAT for `ambi ps --format`."""
+
+    def resolve_envvar_value(self, ctx: click.Context) -> str | None:
+        long = next((name for name in self.opts if name.startswith("--")), None)
+        if self.envvar is not None or long is None or not ctx.auto_envvar_prefix:
+            return super().resolve_envvar_value(ctx)
+        return os.environ.get(f"{ctx.auto_envvar_prefix}_{long[2:].upper().replace('-', '_')}") or None
+
+
+def option(*names: str, **settings: Any) -> Callable[[F], F]:
+    return click.option(*names, cls=Option, **settings)
+
+
 def many(*names: str, **settings: Any) -> Callable[[F], F]:
     """An option that may be given several times."""
-    return click.option(*names, multiple=True, **settings)
+    return option(*names, multiple=True, **settings)
 
 
 def switch(*names: str, **settings: Any) -> Callable[[F], F]:
-    return click.option(*names, is_flag=True, **settings)
+    return option(*names, is_flag=True, **settings)
 
 
 def format_option(text: str = FORMAT_HELP) -> Callable[[F], F]:
-    return click.option("--format", "template", metavar="FORMAT", help=text)
+    return option("--format", "template", metavar="FORMAT", help=text)
 
 
 def filter_option(text: str) -> Callable[[F], F]:
@@ -39,30 +54,30 @@ def apply(options: list[Callable[[F], F]], command: F) -> F:
 
 
 _CREATE: list[Callable[[Any], Any]] = [
-    click.option("--isolation", type=click.Choice(["container", "vm"]), help="What it runs in.  [default: container]"),
-    click.option("--runtime", metavar="NAME", help="Docker's name for --isolation: `container` or `vm`."),
-    click.option("--name", metavar="NAME", help="Name of the instance.  [default: a random one]"),
+    option("--isolation", type=click.Choice(["container", "vm"]), help="What it runs in.  [default: container]"),
+    option("--runtime", metavar="NAME", help="Docker's name for --isolation: `container` or `vm`."),
+    option("--name", metavar="NAME", help="Name of the instance.  [default: a random one]"),
     switch("-i", "--interactive", help="Keep stdin open."),
     switch("-t", "--tty", help="Give the process a terminal."),
     many("-a", "--attach", metavar="STREAM", help="Attach to stdin, stdout or stderr only."),
     switch("--rm", "auto_remove", help="Remove the instance when it has ended."),
-    click.option("--cidfile", metavar="FILE", help="Write the instance's ID to FILE, which must not exist."),
-    click.option("--entrypoint", metavar="PROGRAM", help="Run PROGRAM instead of the image's entrypoint."),
+    option("--cidfile", metavar="FILE", help="Write the instance's ID to FILE, which must not exist."),
+    option("--entrypoint", metavar="PROGRAM", help="Run PROGRAM instead of the image's entrypoint."),
     many("-e", "--env", metavar="NAME[=VALUE]", help="Set a variable, or pass on the one of this shell."),
     many("--env-file", metavar="FILE", help="Set the variables in FILE, a NAME=VALUE a line."),
-    click.option("-w", "--workdir", metavar="DIR", help="Working directory inside."),
-    click.option("-u", "--user", metavar="USER[:GROUP]", help="Names or numbers, looked up inside."),
+    option("-w", "--workdir", metavar="DIR", help="Working directory inside."),
+    option("-u", "--user", metavar="USER[:GROUP]", help="Names or numbers, looked up inside."),
     many("--group-add", metavar="GROUP", help="One more group of the process."),
     many("-l", "--label", metavar="KEY[=VALUE]", help="Label the instance."),
     many("--label-file", metavar="FILE", help="Labels in FILE, a KEY=VALUE a line."),
-    click.option("-h", "--hostname", metavar="NAME", help="Host name.  [default: the short ID]"),
-    click.option("--domainname", metavar="NAME", help="NIS domain name."),
+    option("-h", "--hostname", metavar="NAME", help="Host name.  [default: the short ID]"),
+    option("--domainname", metavar="NAME", help="NIS domain name."),
     many("--add-host", metavar="NAME:IP", help="One more line of /etc/hosts."),
     many("--dns", metavar="IP", help="Name server in /etc/resolv.conf."),
     many("--dns-option", "--dns-opt", metavar="OPTION", help="Resolver option in /etc/resolv.conf."),
     many("--dns-search", metavar="DOMAIN", help="Search domain in /etc/resolv.conf."),
-    click.option("--network", "--net", default="none", metavar="none|host", help="A VM has no `host`.  [default: none]"),
-    switch("--init", help="Run an init as PID 1 that forwards signals and reaps processes."),
+    option("--network", "--net", default="none", metavar="none|host", help="A VM has no `host`.  [default: none]"),
+    switch("--init", default=None, help="Run an init as PID 1 that forwards signals and reaps processes."),
     switch("--read-only", help="Mount the root file system read-only."),
     many("-v", "--volume", metavar="SRC:DST[:ro]", help="Bind a directory or file of the host."),
     many("--mount", metavar="type=bind|tmpfs,...", help="A mount, as type=bind,src=/a,dst=/b,readonly."),
@@ -72,28 +87,28 @@ _CREATE: list[Callable[[Any], Any]] = [
     many("--cap-drop", metavar="CAP", help="Drop a capability, or ALL."),
     switch("--privileged", help="All capabilities and devices, no seccomp, nothing masked."),
     many("--security-opt", metavar="OPTION", help="no-new-privileges, seccomp=FILE|unconfined, systempaths=unconfined."),
-    click.option("-m", "--memory", metavar="SIZE", help="Memory limit; of a VM, the size of its memory."),
-    click.option("--memory-swap", metavar="SIZE", help="Limit of memory and swap together, -1 for none."),
-    click.option("--cpus", metavar="NUMBER", help="CPU time limit, as 1.5; of a VM, its vCPUs, rounded up."),
-    click.option("-c", "--cpu-shares", type=int, metavar="WEIGHT", help="Share of CPU time when it is scarce."),
-    click.option("--cpuset-cpus", metavar="LIST", help="CPUs to run on, as 0-1,3."),
-    click.option("--pids-limit", type=int, metavar="NUMBER", help="Most processes and threads, -1 for no limit."),
+    option("-m", "--memory", metavar="SIZE", help="Memory limit; of a VM, the size of its memory."),
+    option("--memory-swap", metavar="SIZE", help="Limit of memory and swap together, -1 for none."),
+    option("--cpus", metavar="NUMBER", help="CPU time limit, as 1.5; of a VM, its vCPUs, rounded up."),
+    option("-c", "--cpu-shares", type=int, metavar="WEIGHT", help="Share of CPU time when it is scarce."),
+    option("--cpuset-cpus", metavar="LIST", help="CPUs to run on, as 0-1,3."),
+    option("--pids-limit", type=int, metavar="NUMBER", help="Most processes and threads, -1 for no limit."),
     many("--ulimit", metavar="NAME=SOFT[:HARD]", help="A resource limit, as nofile=1024:2048."),
-    click.option("--shm-size", metavar="SIZE", help="Size of /dev/shm.  [default: 64m]"),
+    option("--shm-size", metavar="SIZE", help="Size of /dev/shm.  [default: 64m]"),
     many("--sysctl", metavar="NAME=VALUE", help="A namespaced kernel parameter."),
-    click.option("--oom-score-adj", type=click.IntRange(-1000, 1000), metavar="SCORE", help="Higher is killed sooner."),
-    click.option("--ipc", metavar="MODE", help="IPC namespace: private, none or host."),
-    click.option("--pid", metavar="MODE", help="PID namespace: private or host."),
-    click.option("--uts", metavar="MODE", help="UTS namespace: private or host."),
-    click.option("--stop-signal", metavar="SIGNAL", help="What `stop` sends first.  [default: the image's, or SIGTERM]"),
-    click.option("--stop-timeout", type=click.IntRange(-1), metavar="SECONDS", help="How long `stop` waits; -1: for ever."),
-    click.option("--log-driver", metavar="NAME", help="json-file or none.  [default: json-file]"),
+    option("--oom-score-adj", type=click.IntRange(-1000, 1000), metavar="SCORE", help="Higher is killed sooner."),
+    option("--ipc", metavar="MODE", help="IPC namespace: private, none or host."),
+    option("--pid", metavar="MODE", help="PID namespace: private or host."),
+    option("--uts", metavar="MODE", help="UTS namespace: private or host."),
+    option("--stop-signal", metavar="SIGNAL", help="What `stop` sends first.  [default: the image's, or SIGTERM]"),
+    option("--stop-timeout", type=click.IntRange(-1), metavar="SECONDS", help="How long `stop` waits; -1: for ever."),
+    option("--log-driver", metavar="NAME", help="json-file or none.  [default: json-file]"),
     many("--log-opt", metavar="KEY=VALUE", help="max-size or max-file of json-file."),
 ]  # fmt: skip
 
 _RUN: list[Callable[[Any], Any]] = [
     switch("-d", "--detach", help="Run in the background, and print the ID."),
-    click.option("--detach-keys", metavar="KEYS", help="Keys that detach from a terminal.  [default: ctrl-p,ctrl-q]"),
+    option("--detach-keys", metavar="KEYS", help="Keys that detach from a terminal.  [default: ctrl-p,ctrl-q]"),
     switch("--sig-proxy", default=True, help="Pass signals on; --sig-proxy=false does not.  [default: true]"),
 ]
 

@@ -169,19 +169,19 @@ def usage_error(error: click.ClickException) -> AmbiError:
     hint = None
     if isinstance(error, click.UsageError) and error.ctx is not None:
         hint = f"{error.ctx.command_path} --help"
-    name, similar = _guess(error)
-    if similar:
-        message, hint = name, f"did you mean {similar}?"
+    what, similar = _guess(error)
+    message = what or message
+    hint = f"did you mean {similar}?" if similar else hint
     return InvalidRequest(message[:1].lower() + message[1:], hint=hint)
 
 
 def _guess(error: click.ClickException) -> tuple[str, str]:
     """For an unknown command or option: what to say of it, and what was probably meant ("" when nothing is near)."""
-    if isinstance(error, click.NoSuchOption):
-        return f"no such option: {error.option_name}", " or ".join(error.possibilities or ())[:80]
-    if isinstance(error, click.UsageError) and error.ctx is not None and error.message.startswith("No such command"):
-        from ambi.cli.output import nearest
+    from ambi.cli.output import nearest
 
+    if isinstance(error, click.NoSuchOption):
+        return f"no such option: {error.option_name}", nearest(error.option_name, error.possibilities or ())
+    if isinstance(error, click.UsageError) and error.ctx is not None and error.message.startswith("No such command"):
         typed = error.message.partition("'")[2].partition("'")[0]
         assert isinstance(error.ctx.command, click.Group)
         return f"no such command: {typed}", nearest(typed, error.ctx.command.list_commands(error.ctx))

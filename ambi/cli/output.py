@@ -44,5 +44,6 @@ def nearest(name: str, names: Iterable[str]) -> str:
     """What `name` was probably meant to be, "" when nothing is near."""
     import difflib
 
-    found = difflib.get_close_matches(name, list(names), n=1, cutoff=0.6)
-    return found[0] if found else ""
+    bare = {other.lstrip("-"): other for other in names}
+    found = difflib.get_close_matches(name.lstrip("-"), bare, n=1, cutoff=0.65)
+    return bare[found[0]] if found else ""

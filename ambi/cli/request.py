@@ -72,7 +72,6 @@ def _attached(flags: dict[str, Any], *, detach: bool) -> set[str]:
 
 
 def _host(flags: dict[str, Any], volumes: dict[str, Any]) -> dict[str, Any]:
-    add, drop = capabilities(flags["cap_add"], flags["cap_drop"])
     options, masked, read_only = security(flags["security_opt"])
     host: dict[str, Any] = {
         **_NEUTRAL,
@@ -81,8 +80,8 @@ def _host(flags: dict[str, Any], volumes: dict[str, Any]) -> dict[str, Any]:
         "LogConfig": _log(flags["log_driver"], flags["log_opt"]),
         "NetworkMode": flags["network"],
         "AutoRemove": bool(flags["auto_remove"]),
-        "CapAdd": add or None,
-        "CapDrop": drop or None,
+        "CapAdd": capabilities(flags["cap_add"]) or None,
+        "CapDrop": capabilities(flags["cap_drop"]) or None,
         "Dns": _addresses("--dns", flags["dns"]),
         "DnsOptions": list(flags["dns_option"]),
         "DnsSearch": list(flags["dns_search"]),
@@ -93,7 +92,7 @@ def _host(flags: dict[str, Any], volumes: dict[str, Any]) -> dict[str, Any]:
         "PidMode": flags["pid"] or "",
         "Privileged": bool(flags["privileged"]),
         "ReadonlyRootfs": bool(flags["read_only"]),
-        "SecurityOpt": options or None,
+        "SecurityOpt": options if flags["security_opt"] else None,
         "UTSMode": flags["uts"] or "",
         "ShmSize": _size(flags, "shm_size"),
         "CpuShares": flags["cpu_shares"] or 0,
@@ -154,16 +153,10 @@ def nano_cpus(text: str | None) -> int:
     return int(whole or "0") * 10**9 + int(f"{fraction:0<9}")
 
 
-def capabilities(add: Sequence[str], drop: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Both lists under their full names, sorted; ALL swallows the rest, and what is added is not dropped."""
-    added, dropped = ({_capability(name) for name in names} for names in (add, drop))
-    added, dropped = ({"ALL"} if "ALL" in names else names for names in (added, dropped))
-    return sorted(added), sorted(dropped - added)
-
-
-def _capability(name: str) -> str:
-    upper = name.strip().upper()
-    return upper if upper == "ALL" or upper.startswith("CAP_") else f"CAP_{upper}"
+def capabilities(names: Sequence[str]) -> list[str]:
+    """`names` under their full names, sorted, each once. What ALL and both lists together mean is the engine's to say."""
+    upper = (name.strip().upper() for name in names)
+    return sorted({name if name == "ALL" or name.startswith("CAP_") else f"CAP_{name}" for name in upper})
 
 
 def security(options: Sequence[str]) -> tuple[list[str], list[str] | None, list[str] | None]:

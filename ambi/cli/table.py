@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from ambi.cli.template import Template
+from ambi.cli.template import Template, to_json
 
 GAP, MIN_WIDTH = 3, 10
 
@@ -27,28 +26,35 @@ def render(rows: Iterable[Sequence[str]]) -> str:
 
 
 class Columns:
-    """The columns of one command: placeholder to header, in docker's order, and which are shown when nothing is asked."""
+    """The columns of one command: placeholder to header, in docker's order, and which are shown when nothing is asked.
 
-    __slots__ = ("_headers", "_shown")
+    methods: placeholders that take an argument (`{{.Label "a"}}`), to what makes the header of it.
+    """
 
-    def __init__(self, headers: Mapping[str, str], shown: Sequence[str]) -> None:
+    __slots__ = ("_headers", "_methods", "_shown")
+
+    def __init__(
+        self, headers: Mapping[str, str], shown: Sequence[str], methods: Mapping[str, Callable[[str], str]] | None = None
+    ) -> None:
         self._headers = headers
         self._shown = shown
+        self._methods = methods or {}
 
     def show(self, rows: Iterable[Row], template: str | None, *, shown: Sequence[str] | None = None) -> None:
         """Print `rows` (placeholder to value) as `--format` asks: None or `table`, `json`, `table TEMPLATE`, TEMPLATE."""
         out = sys.stdout.write
         if template == "json":
             for row in rows:
-                out(json.dumps({key: row[key] for key in sorted(self._headers) if key in row}, ensure_ascii=False) + "\n")
+                out(to_json({key: str(row[key]) for key in sorted(self._headers) if key in row}) + "\n")
         elif template is None or template == "table":
             names = shown or self._shown
             out(render([[self._headers[n] for n in names], *([str(row[n]) for n in names] for row in rows)]))
         elif template.startswith("table"):
-            compiled = Template(template.removeprefix("table").strip(), self._headers)
-            lines = [compiled.render(self._headers), *(compiled.render(row) for row in rows)]
+            heads = {**self._headers, **self._methods}
+            compiled = Template(template.removeprefix("table").strip(), heads)
+            lines = [compiled.render(heads), *(compiled.render(row) for row in rows)]
             out(render(line.split("\t") for line in lines))
         else:
-            compiled = Template(template, self._headers)
+            compiled = Template(template, {**self._headers, **self._methods})
             for row in rows:
                 out(compiled.render(row) + "\n")

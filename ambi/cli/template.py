@@ -106,7 +106,7 @@ def _or(*values: Any) -> Any:
     return next((v for v in values if v), values[-1])
 
 
-def _json(value: Any) -> str:
+def to_json(value: Any) -> str:
     text = json.dumps(dict(value) if isinstance(value, Mapping) else value, separators=(",", ":"), ensure_ascii=False)
     for char in "&<>":  # as encoding/json does, so that output can be compared with docker's
         text = text.replace(char, f"\\u{ord(char):04x}")
@@ -125,7 +125,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "ge": _compare("ge"),
     "index": _index,
     "len": len,
-    "json": _json,
+    "json": to_json,
     "join": lambda values, sep: sep.join(map(text_of, values or ())),
     "split": lambda text, sep: text_of(text).split(sep),
     "lower": lambda text: text_of(text).lower(),
@@ -371,6 +371,8 @@ class _Parser:
             arguments = list(self._operands(words[1:])) + ([piped] if piped else [])
             return _call(name, FUNCTIONS[name], arguments)
         operands = list(self._operands(words))
+        if len(operands) > 1 and name.startswith(".") and len(name) > 1:
+            return _method(name, operands)
         if len(operands) != 1 or piped:
             raise InvalidRequest(f"--format: '{name.lstrip(chr(34))}' is no function")
         return operands[0]
@@ -458,6 +460,18 @@ def _variable(scope: Scope, name: str) -> Any:
     if name not in scope:
         raise InvalidRequest(f"--format: there is no variable '{name}'")
     return scope[name]
+
+
+def _method(name: str, operands: list[Expression]) -> Expression:
+    """`.Label "a"`: a field that is a function, with its arguments."""
+
+    def call(dot: Any, scope: Scope) -> Any:
+        function, *arguments = (operand(dot, scope) for operand in operands)
+        if not callable(function):
+            raise InvalidRequest(f"--format: '{name}' takes no argument")
+        return function(*arguments)
+
+    return call
 
 
 def _call(name: str, function: Callable[..., Any], arguments: list[Expression]) -> Expression:

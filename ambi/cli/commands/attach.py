@@ -12,7 +12,7 @@ from ambi.core.errors import Conflict
 
 
 @click.command("attach", cls=DockerCommand)
-@click.option("--detach-keys", metavar="KEYS", help="Keys that detach from a terminal.  [default: ctrl-p,ctrl-q]")
+@flags.option("--detach-keys", metavar="KEYS", help="Keys that detach from a terminal.  [default: ctrl-p,ctrl-q]")
 @flags.switch("--no-stdin", help="Do not attach stdin.")
 @flags.switch("--sig-proxy", default=True, help="Pass signals on; --sig-proxy=false does not.  [default: true]")
 @click.argument("instance", shell_complete=complete.running)

@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from ambi.cli import flags
 from ambi.cli.app import App, DockerCommand, ExitWith, pass_app
 from ambi.cli.output import CYAN, RED, YELLOW, one_line, paint
 
@@ -16,7 +17,7 @@ _COLOURS = {"ok": _GREEN, "warning": YELLOW, "problem": RED}
 
 
 @click.command("doctor", cls=DockerCommand)
-@click.option(
+@flags.option(
     "--format", "form", type=click.Choice(["table", "json"]), default="table", help="How to print.  [default: table]"
 )
 @pass_app

@@ -8,6 +8,7 @@ import time
 
 import click
 
+from ambi.cli import flags
 from ambi.cli.app import App, DockerCommand, ExitWith, pass_app
 from ambi.cli.output import print_error
 from ambi.client import starter
@@ -70,7 +71,7 @@ def _alive(pid: int) -> bool:
 
 
 @engine.command("status", cls=DockerCommand)
-@click.option(
+@flags.option(
     "--format", "form", type=click.Choice(["table", "json"]), default="table", help="How to print.  [default: table]"
 )
 @pass_app

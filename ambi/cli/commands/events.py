@@ -16,8 +16,8 @@ from ambi.cli.template import Template
 @click.command("events", cls=DockerCommand)
 @flags.filter_option("By type, event, container, image or label.")
 @flags.format_option("`json` or a Go template such as '{{.Type}} {{.Action}}'.")
-@click.option("--since", metavar="TIME", help="From then on: 42m (ago), 2026-01-02T13:23:37Z or seconds since 1970.")
-@click.option("--until", metavar="TIME", help="End then.")
+@flags.option("--since", metavar="TIME", help="From then on: 42m (ago), 2026-01-02T13:23:37Z or seconds since 1970.")
+@flags.option("--until", metavar="TIME", help="End then.")
 @pass_app
 def events(app: App, filters: tuple[str, ...], template: str | None, since: str | None, until: str | None) -> None:
     """Show what happens, as it happens."""

@@ -16,14 +16,14 @@ from ambi.core.errors import AmbiError
 
 @click.command("exec", cls=DockerCommand, context_settings={"allow_interspersed_args": False})
 @flags.switch("-d", "--detach", help="Run in the background.")
-@click.option("--detach-keys", metavar="KEYS", help="Keys that detach from a terminal.  [default: ctrl-p,ctrl-q]")
+@flags.option("--detach-keys", metavar="KEYS", help="Keys that detach from a terminal.  [default: ctrl-p,ctrl-q]")
 @flags.many("-e", "--env", metavar="NAME[=VALUE]", help="Set a variable, or pass on the one of this shell.")
 @flags.many("--env-file", metavar="FILE", help="Set the variables in FILE, a NAME=VALUE a line.")
 @flags.switch("-i", "--interactive", help="Keep stdin open.")
 @flags.switch("--privileged", help="All capabilities.")
 @flags.switch("-t", "--tty", help="Give the process a terminal.")
-@click.option("-u", "--user", metavar="USER[:GROUP]", help="Names or numbers, looked up inside.")
-@click.option("-w", "--workdir", metavar="DIR", help="Working directory inside.")
+@flags.option("-u", "--user", metavar="USER[:GROUP]", help="Names or numbers, looked up inside.")
+@flags.option("-w", "--workdir", metavar="DIR", help="Working directory inside.")
 @click.argument("instance", shell_complete=complete.running)
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED, metavar="COMMAND [ARG...]")
 @pass_app

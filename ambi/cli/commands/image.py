@@ -106,7 +106,7 @@ def _rows(entry: dict[str, Any], *, whole: bool, digests: bool) -> Iterator[dict
 @flags.many(
     "-c", "--change", metavar="INSTRUCTION", help="A Dockerfile instruction: CMD, ENTRYPOINT, ENV, USER, WORKDIR, ..."
 )
-@click.option("-m", "--message", metavar="TEXT", help="Comment of the image.")
+@flags.option("-m", "--message", metavar="TEXT", help="Comment of the image.")
 @click.argument("file", metavar="FILE|-")
 @click.argument("name", required=False, metavar="[NAME[:TAG]]")
 @pass_app
@@ -123,7 +123,7 @@ def import_(app: App, file: str, name: str | None, change: tuple[str, ...], mess
 
 
 @image.command("load", cls=DockerCommand)
-@click.option("-i", "--input", "file", metavar="FILE", help="Read from FILE instead of stdin.")
+@flags.option("-i", "--input", "file", metavar="FILE", help="Read from FILE instead of stdin.")
 @flags.switch("-q", "--quiet", help="Show no progress.")
 @click.argument("archive", required=False, metavar="[FILE]")
 @pass_app
@@ -225,7 +225,7 @@ def remove(app: App, images: tuple[str, ...], force: bool, no_prune: bool) -> No
 
 
 @image.command("inspect", cls=DockerCommand)
-@click.option("-f", "--format", "template", metavar="FORMAT", help="`json` or a Go template such as '{{.Id}}'.")
+@flags.option("-f", "--format", "template", metavar="FORMAT", help="`json` or a Go template such as '{{.Id}}'.")
 @click.argument("images", nargs=-1, required=True, metavar="IMAGE...", shell_complete=complete.images)
 @pass_app
 def inspect(app: App, images: tuple[str, ...], template: str | None) -> None:

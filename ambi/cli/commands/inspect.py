@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from ambi.cli import complete
+from ambi.cli import complete, flags
 from ambi.cli.app import App, DockerCommand, ExitWith, pass_app
 from ambi.cli.names import image_names, instance_names
 from ambi.cli.output import nearest, print_error
@@ -19,8 +19,8 @@ KINDS = {"container": "containers", "image": "images"}
 
 
 @click.command("inspect", cls=DockerCommand)
-@click.option("-f", "--format", "template", metavar="FORMAT", help="`json` or a Go template such as '{{.State.Status}}'.")
-@click.option("--type", "kind", type=click.Choice(sorted(KINDS)), help="Look among these only.")
+@flags.option("-f", "--format", "template", metavar="FORMAT", help="`json` or a Go template such as '{{.State.Status}}'.")
+@flags.option("--type", "kind", type=click.Choice(sorted(KINDS)), help="Look among these only.")
 @click.argument("names", nargs=-1, required=True, metavar="NAME...", shell_complete=complete.either)
 @pass_app
 def inspect(app: App, names: tuple[str, ...], template: str | None, kind: str | None) -> None:
@@ -58,6 +58,7 @@ def _find(app: App, name: str, kind: str | None) -> Any:
         except NotFound:
             continue
     what = kind or "container or image"
-    near = nearest(name, instance_names(app) + image_names(app))
+    lists = {"container": instance_names, "image": image_names}
+    near = nearest(name, [n for word, names in lists.items() if kind in (None, word) for n in names(app)])
     hint = f"did you mean {near}?" if near else "`ambi ps --all` and `ambi images` list what there is"
     raise NotFound(f"No such {what}: {name}", hint=hint)

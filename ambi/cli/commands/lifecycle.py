@@ -16,8 +16,8 @@ several = click.argument("instances", nargs=-1, required=True, metavar="INSTANCE
 several_running = click.argument(
     "instances", nargs=-1, required=True, metavar="INSTANCE...", shell_complete=complete.running
 )
-_SIGNAL = click.option("-s", "--signal", metavar="SIGNAL", help="What to send first.  [default: the instance's stop signal]")
-_TIMEOUT = click.option(
+_SIGNAL = flags.option("-s", "--signal", metavar="SIGNAL", help="What to send first.  [default: the instance's stop signal]")
+_TIMEOUT = flags.option(
     "-t", "--timeout", "--time", type=click.IntRange(-1), metavar="SECONDS",
     help="How long to wait before it is killed; -1: for ever.  [default: the instance's, or 10]",
 )  # fmt: skip
@@ -26,7 +26,7 @@ _TIMEOUT = click.option(
 @click.command("start", cls=DockerCommand)
 @flags.switch("-a", "--attach", "attach_", help="Attach to its output, and pass signals on.")
 @flags.switch("-i", "--interactive", help="Attach its stdin.")
-@click.option("--detach-keys", metavar="KEYS", help="Keys that detach from a terminal.  [default: ctrl-p,ctrl-q]")
+@flags.option("--detach-keys", metavar="KEYS", help="Keys that detach from a terminal.  [default: ctrl-p,ctrl-q]")
 @several
 @pass_app
 def start(app: App, instances: tuple[str, ...], attach_: bool, interactive: bool, detach_keys: str | None) -> None:
@@ -96,7 +96,7 @@ def restart(app: App, instances: tuple[str, ...], signal: str | None, timeout: i
 
 
 @click.command("kill", cls=DockerCommand)
-@click.option("-s", "--signal", metavar="SIGNAL", help="Name or number.  [default: KILL]")
+@flags.option("-s", "--signal", metavar="SIGNAL", help="Name or number.  [default: KILL]")
 @several_running
 @pass_app
 def kill(app: App, instances: tuple[str, ...], signal: str | None) -> None:

@@ -15,9 +15,9 @@ from ambi.core.errors import InvalidRequest
 @click.command("logs", cls=DockerCommand)
 @flags.switch("--details", help="Show the attributes that --log-opt added.")
 @flags.switch("-f", "--follow", help="Go on until the instance stops.")
-@click.option("--since", metavar="TIME", help="From then on: 42m (ago), 2026-01-02T13:23:37Z or seconds since 1970.")
-@click.option("--until", metavar="TIME", help="Up to then.")
-@click.option("-n", "--tail", default="all", metavar="LINES", help="Only the last lines.  [default: all]")
+@flags.option("--since", metavar="TIME", help="From then on: 42m (ago), 2026-01-02T13:23:37Z or seconds since 1970.")
+@flags.option("--until", metavar="TIME", help="Up to then.")
+@flags.option("-n", "--tail", default="all", metavar="LINES", help="Only the last lines.  [default: all]")
 @flags.switch("-t", "--timestamps", help="Show when each line was printed.")
 @click.argument("instance", shell_complete=complete.instances)
 @pass_app

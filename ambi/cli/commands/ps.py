@@ -29,6 +29,7 @@ COLUMNS = Columns(
         "Networks": "NETWORKS",
     },
     ("ID", "Image", "Command", "RunningFor", "Status", "Ports", "Names", "Isolation"),
+    methods={"Label": lambda key: key},
 )
 
 
@@ -36,7 +37,7 @@ COLUMNS = Columns(
 @flags.switch("-a", "--all", "everything", help="Also those that do not run.")
 @flags.filter_option("By id, name, status, label, ancestor, exited, before or since.")
 @flags.format_option()
-@click.option("-n", "--last", type=int, metavar="NUMBER", help="The last ones created, in any state.")
+@flags.option("-n", "--last", type=int, metavar="NUMBER", help="The last ones created, in any state.")
 @flags.switch("-l", "--latest", help="The last one created, in any state.")
 @flags.switch("--no-trunc", help="Do not shorten anything.")
 @flags.switch("-q", "--quiet", help="IDs only.")
@@ -69,7 +70,7 @@ def ps(
 def _row(row: dict[str, Any], *, whole: bool) -> dict[str, object]:
     """Placeholder to text for one instance of `/containers/json`."""
     command = row["Command"] if whole else humanize.shorten(row["Command"], COMMAND_WIDTH)
-    image = row["Image"]
+    image, labels = row["Image"], row.get("Labels") or {}
     if image.startswith("sha256:") and not whole:
         image = image[7:19]
     return {
@@ -83,17 +84,11 @@ def _row(row: dict[str, Any], *, whole: bool) -> dict[str, object]:
         "Isolation": row.get("Isolation", ""),
         "Ports": ", ".join(_port(port) for port in row.get("Ports") or ()),
         "Names": ",".join(name.removeprefix("/") for name in row.get("Names") or ()),
-        "Labels": Labels(row.get("Labels") or {}),
+        "Labels": ",".join(f"{key}={value}" for key, value in sorted(labels.items())),
+        "Label": lambda key: labels.get(key, ""),
         "Mounts": ",".join(mount.get("Name") or mount.get("Source", "") for mount in row.get("Mounts") or ()),
         "Networks": ",".join(sorted((row.get("NetworkSettings") or {}).get("Networks") or {})),
     }
-
-
-class Labels(dict[str, str]):
-    """Labels print as `a=b,c=d`, and can be indexed in a template."""
-
-    def __str__(self) -> str:
-        return ",".join(f"{key}={value}" for key, value in sorted(self.items()))
 
 
 def _port(port: dict[str, Any]) -> str:

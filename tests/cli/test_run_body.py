@@ -1,0 +1,152 @@
+"""For the same flags, `ambi create` asks the engine for what the docker CLI asks it for, field by field."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.cli.recorder import Recorder, recording
+from tests.harness import AMBI
+
+DOCKER = shutil.which("docker")
+FILES = Path(__file__).parent / "files"
+
+# What differs, and why. Everything else must be equal.
+DIFFERENCES = {
+    "HostConfig.NetworkMode": "the default is none, and not default, as long as there are no networks",
+    "NetworkingConfig": "docker repeats the default network here; none has nothing to say of it",
+}
+UNORDERED = ("Binds", "Ulimits", "Mounts", "Env")  # docker keeps these in maps, and sends them in any order
+
+CASES = {
+    "nothing": "busybox",
+    "command": "busybox ls -l --color -- -x",
+    "interactive": "-i busybox cat",
+    "terminal": "-t busybox",
+    "both": "-i -t busybox sh",
+    "attach stdin": "-a stdin -i busybox",
+    "attach stdout": "--attach stdout busybox",
+    "attach upper case": "-a STDERR busybox",
+    "switches with values": "--rm=true -i=false --tty=1 --read-only=false busybox",
+    "init": "--init busybox",
+    "no init": "--init=false busybox",
+    "env": "-e A=1 --env B= -e C=a=b -e FROM_OUTSIDE -e NOT_SET_ANYWHERE busybox",
+    "env file": "--env-file FILES/env -e A=flag busybox",
+    "labels": "-l a -l b=1 --label b=2 --label-file FILES/labels busybox",
+    "entrypoint": "--entrypoint /bin/sh busybox -c true",
+    "empty entrypoint": "--entrypoint= busybox true",
+    "user": "-u daemon:audio -w /tmp --group-add 5 --group-add audio busybox",
+    "names": "-h box --domainname example.org busybox",
+    "hosts": "--add-host a:192.0.2.1 --add-host b=192.0.2.2 --add-host c:2001:db8::1 --add-host d=[2001:db8::2] busybox",
+    "dns": "--dns 192.0.2.53 --dns 2001:db8::53 --dns-option ndots:2 --dns-opt timeout:1 --dns-search example.org busybox",
+    "network none": "--network none busybox",
+    "network host": "--net host busybox",
+    "namespaces": "--ipc host --pid host --uts host busybox",
+    "ipc none": "--ipc none busybox",
+    "volume": "-v /srv:/data -v /etc/hosts:/h:ro -v ./x:/y:rw busybox",
+    "anonymous volume": "-v /data busybox",
+    "named volume": "-v data:/data busybox",
+    "mount": "--mount type=bind,src=/srv,dst=/data,readonly --mount type=bind,src=/a,target=/b,bind-propagation=shared -t x",
+    "mount tmpfs": "--mount type=tmpfs,dst=/t,tmpfs-size=64m,tmpfs-mode=0700 --mount type=tmpfs,destination=/u busybox",
+    "tmpfs": "--tmpfs /run --tmpfs /tmp:rw,size=1m busybox",
+    "device": "--device /dev/fuse --device /dev/null:/dev/a --device /dev/zero:r --device /dev/full:/dev/b:rw busybox",
+    "capabilities": "--cap-add net_admin --cap-add CAP_SYS_TIME --cap-drop mknod --cap-drop NET_ADMIN busybox",
+    "all capabilities": "--cap-drop all --cap-add chown --cap-add ALL busybox",
+    "privileged": "--privileged busybox",
+    "security": "--security-opt no-new-privileges --security-opt seccomp=unconfined busybox",
+    "security with colon": "--security-opt no-new-privileges:true busybox",
+    "seccomp file": "--security-opt seccomp=FILES/seccomp.json busybox",
+    "system paths": "--security-opt systempaths=unconfined busybox",
+    "memory": "-m 64m --memory-swap 1.5g --shm-size 32M busybox",
+    "memory in bytes": "--memory 67108864 --memory-swap -1 busybox",
+    "cpu": "--cpus 1.5 -c 512 --cpuset-cpus 0-1 busybox",
+    "small cpu": "--cpus .01 busybox",
+    "pids": "--pids-limit 50 busybox",
+    "no pids limit": "--pids-limit -1 busybox",
+    "ulimit": "--ulimit nofile=1024:2048 --ulimit core=0 --ulimit memlock=-1:-1 busybox",
+    "sysctl": "--sysctl net.ipv4.ip_forward=1 --sysctl kernel.shmmax=1 busybox",
+    "oom": "--oom-score-adj -500 busybox",
+    "stop": "--stop-signal USR1 --stop-timeout 3 busybox",
+    "log": "--log-driver json-file --log-opt max-size=1m --log-opt max-file=2 busybox",
+    "no log": "--log-driver none busybox",
+    "runtime": "--runtime vm busybox",
+    "name": "--name web busybox",
+    "cidfile": "--cidfile CIDFILE busybox",
+}
+
+
+@pytest.fixture
+def recorder(short_tmp: Path) -> Iterator[Recorder]:
+    with recording(short_tmp / "s") as it:
+        yield it
+
+
+def _create(argv: list[str], environment: dict[str, str], recorder: Recorder) -> tuple[str, dict[str, Any]]:
+    """The query and the body of the create request that `argv` sends."""
+    before = len(recorder.requests)
+    done = subprocess.run(
+        argv,
+        check=False,
+        env={**os.environ, "FROM_OUTSIDE": "yes", **environment},
+        capture_output=True,
+        stdin=subprocess.DEVNULL,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr.decode()
+    (request,) = (r for r in recorder.requests[before:] if r.path == "/containers/create")
+    return request.target.partition("?")[2], request.json()
+
+
+def _comparable(body: dict[str, Any]) -> dict[str, Any]:
+    for part in (body, body["HostConfig"]):
+        part.update({name: sorted(part[name], key=str) for name in UNORDERED if part.get(name)})
+    return body
+
+
+def _flat(body: dict[str, Any]) -> dict[str, Any]:
+    """One level, so that a difference is shown by its own name."""
+    return {**body, "HostConfig": None, **{f"HostConfig.{k}": v for k, v in body["HostConfig"].items()}}
+
+
+def _without(body: dict[str, Any], path: str) -> Any:
+    *folders, name = path.split(".")
+    for folder in folders:
+        body = body[folder]
+    return body.pop(name)
+
+
+@pytest.mark.skipif(DOCKER is None, reason="needs the docker CLI")
+@pytest.mark.parametrize("flags", CASES.values(), ids=CASES.keys())
+def test_same_body_as_docker(flags: str, recorder: Recorder, short_tmp: Path) -> None:
+    words = [w.replace("FILES", str(FILES)).replace("CIDFILE", str(short_tmp / "cid")) for w in flags.split()]
+    query, body = _create(["docker", "create", *words], {"DOCKER_HOST": f"unix://{recorder.path}"}, recorder)
+    (short_tmp / "cid").unlink(missing_ok=True)
+    our_query, ours = _create([str(AMBI), "create", *words], {"AMBI_SOCKET": str(recorder.path)}, recorder)
+    if not any(w.startswith("--net") for w in words):
+        assert ours["HostConfig"]["NetworkMode"] == "none" and body["HostConfig"]["NetworkMode"] == "default"
+        _without(body, "HostConfig.NetworkMode"), _without(ours, "HostConfig.NetworkMode")
+    _without(body, "NetworkingConfig")
+    assert _without(ours, "NetworkingConfig") == {"EndpointsConfig": {}}
+    assert _flat(_comparable(ours)) == _flat(_comparable(body))
+    assert our_query == query
+
+
+def test_isolation_is_the_runtime(recorder: Recorder) -> None:
+    _, body = _create([str(AMBI), "create", "--isolation", "vm", "busybox"], {"AMBI_SOCKET": str(recorder.path)}, recorder)
+    assert body["HostConfig"]["Runtime"] == "vm"
+
+
+def test_detached_run(recorder: Recorder) -> None:
+    """`run -d` attaches nothing; both start what they created and wait for nothing but the start."""
+    for argv, variable in ((["docker"], "DOCKER_HOST"), ([str(AMBI)], "AMBI_SOCKET")):
+        prefix = "unix://" if variable == "DOCKER_HOST" else ""
+        _, body = _create([*argv, "run", "-d", "-i", "busybox"], {variable: f"{prefix}{recorder.path}"}, recorder)
+        fields = ("AttachStdin", "AttachStdout", "AttachStderr", "OpenStdin", "StdinOnce")
+        assert [body[name] for name in fields] == [False, False, False, True, False]
+        assert recorder.requests[-1].path.endswith("/start")
