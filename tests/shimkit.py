@@ -10,10 +10,13 @@ import fcntl
 import os
 import pty
 import signal
+import socket
 import struct
 import subprocess
 import sys
 import termios
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
@@ -22,10 +25,11 @@ from ambi.core.deadline import Deadline
 from ambi.core.driver import Features, Problem, Streams
 from ambi.core.errors import CommandNotFound
 from ambi.core.loop import POLLIN, Loop
-from ambi.core.model import ExitStatus, Isolation, Status, Usage
-from ambi.core.plan import LaunchPlan
+from ambi.core.model import ExitStatus, InstanceId, Isolation, Status, Usage
+from ambi.core.plan import Directory, LaunchPlan, Supervision
 from ambi.core.undo import Undo
 from ambi.linux import process, unix
+from ambi.shim import client, record
 
 ROOT = Path(__file__).parents[1]
 
@@ -129,7 +133,9 @@ class LocalCreated:
         return Usage(1, 1, 0, 1, 0, 0, 1, 0)
 
     def processes(self) -> list[dict[str, Any]]:
-        return [{"pid": self.init.pid, "command": "x" * self._plan.config.get("blow_up", 1)}]
+        dumpable = process.prctl(process.PR_GET_DUMPABLE)
+        command = "x" * self._plan.config.get("blow_up", 1)
+        return [{"pid": self.init.pid, "command": command, "shim_dumpable": dumpable}]
 
     def delete(self, by: Deadline) -> None:
         self.init.signal(signal.SIGKILL)
@@ -174,3 +180,160 @@ def start_zygote(run_root: Path) -> None:
             start_new_session=True,
             check=True,
         )
+
+
+class Run:
+    """One shim that was launched, and what it has told."""
+
+    def __init__(self, plan: LaunchPlan, run_root: Path) -> None:
+        self.plan = plan
+        self.events: list[dict[str, Any]] = []
+        self._news = threading.Condition()
+        self._ended = False
+        self.sockets: list[socket.socket] = []
+        self.connection = client.launch(plan, run_root, on_event=self._on_event, on_close=self._on_close)
+
+    def call(self, op: str, **fields: Any) -> dict[str, Any]:
+        return self.connection.call(op, by=Deadline.after(30), **fields)
+
+    def attach(self, **options: Any) -> socket.socket:
+        """A client's end, attached with stdout and stderr unless said otherwise."""
+        ours, theirs = self.pair()
+        with theirs:
+            self.call("attach", fds=[theirs.fileno()], **{"stdout": True, "stderr": True, **options})
+        return ours
+
+    def pair(self) -> tuple[socket.socket, socket.socket]:
+        """A client's end, closed with the lab, and the end that is handed over."""
+        ours, theirs = socket.socketpair()
+        ours.settimeout(30)
+        self.sockets.append(ours)
+        return ours, theirs
+
+    def exec(self, name: str, *args: str, stdin: bool = False, **options: Any) -> socket.socket:
+        ours, theirs = self.pair()
+        process = {"args": list(args), "env": ["PATH=/usr/bin:/bin"], "cwd": "/", "terminal": False}
+        attach = {"stdin": stdin, "stdout": True, "stderr": True, **options}
+        with theirs:
+            self.call("exec", exec_id=name, process=process, stdin=stdin, attach=attach, fds=[theirs.fileno()])
+        return ours
+
+    def event(self, kind: str) -> dict[str, Any]:
+        """The first event of `kind`, waited for."""
+        return self._wait(lambda: next((e for e in self.events if e["event"] == kind), None), f"event {kind}")
+
+    def exit_code(self) -> int:
+        return int(self.event("exit")["exit"]["code"])
+
+    def wait_closed(self) -> None:
+        self._wait(lambda: self._ended or None, "the end of the connection")
+
+    def _wait(self, find: Callable[[], Any], what: str) -> Any:
+        with self._news:
+            found = self._news.wait_for(find, 30)
+        assert found is not None, f"{what} did not come; there were {self.events}"
+        return found
+
+    def _on_event(self, body: dict[str, Any]) -> None:
+        with self._news:
+            self.events.append(body)
+            self._news.notify_all()
+
+    def _on_close(self) -> None:
+        with self._news:
+            self._ended = True
+            self._news.notify_all()
+
+
+class ShimLab:
+    """A run root with a zygote of local processes, and everything that is launched there."""
+
+    def __init__(self, base: Path) -> None:
+        self.base = base
+        self.run_root = base / "run"
+        self.runs: list[Run] = []
+        start_zygote(self.run_root)
+
+    def plan(
+        self, *args: str, stdin: bool = False, stdin_once: bool = True, terminal: bool = False, **config: Any
+    ) -> LaunchPlan:
+        name = InstanceId(os.urandom(32).hex())
+        data = self.base / "data" / name
+        return LaunchPlan(
+            id=name,
+            isolation=Isolation.CONTAINER,
+            config={"process": {"args": list(args), "env": ["PATH=/usr/bin:/bin"], "terminal": terminal}, **config},
+            rootfs=Directory(Path("/")),
+            data_dir=data,
+            run_dir=self.run_root / "instances" / name,
+            layers_dir=self.run_root / "layers",
+            guest_dir=self.base / "guest",
+            stdin=stdin,
+            supervision=Supervision(log=data / "log", open_stdin=stdin, stdin_once=stdin_once),
+        )
+
+    def launch(self, *args: str, **options: Any) -> Run:
+        self.runs.append(Run(self.plan(*args, **options), self.run_root))
+        return self.runs[-1]
+
+    def start(self, *args: str, **options: Any) -> Run:
+        run = self.launch(*args, **options)
+        run.call("start")
+        return run
+
+    def zygote_pid(self) -> int:
+        with unix.connect(self.run_root / "zygote.sock") as sock:
+            unix.send(sock, {"op": "ping", "seq": 1})
+            answer = unix.receive(sock)
+            assert answer is not None
+            return int(answer.body["ok"]["pid"])
+
+    def log(self) -> str:
+        return (self.run_root / "zygote.log").read_text()
+
+    def close(self) -> None:
+        """End every shim and the zygote."""
+        for run in self.runs:
+            run.connection.close()
+            for sock in run.sockets:
+                sock.close()
+        zygote = client._zygotes.pop(self.run_root, None) or client.ZygoteClient(self.run_root)
+        zygote.stop()
+        for shim in list(record.living(self.run_root)):
+            os.kill(shim.pid, signal.SIGKILL)
+            wait_gone(shim.pid)
+
+
+def wait_gone(pid: int) -> None:
+    """Wait until process `pid`, whoever's child it is, has ended."""
+    end = time.monotonic() + 30
+    while state(pid) not in ("Z", "gone"):
+        assert time.monotonic() < end, f"process {pid} does not end"
+        time.sleep(0.02)
+
+
+def state(pid: int) -> str:
+    """The letter of /proc/PID/stat, "gone" when there is no such process."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return "gone"
+
+
+def read_all(sock: socket.socket) -> bytes:
+    """Everything up to the peer's orderly end."""
+    data = bytearray()
+    while block := sock.recv(1 << 16):
+        data += block
+    return bytes(data)
+
+
+def unframe(data: bytes) -> dict[int, bytes]:
+    """Docker's 8-byte frames, put together by stream."""
+    streams: dict[int, bytes] = {}
+    while data:
+        stream, length = struct.unpack(">BxxxI", data[:8])
+        streams[stream] = streams.get(stream, b"") + data[8 : 8 + length]
+        assert len(data) >= 8 + length, "half a frame"
+        data = data[8 + length :]
+    return streams

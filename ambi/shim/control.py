@@ -17,9 +17,10 @@ MAX_CONNECTIONS = 16
 class Request:
     """One request, to be answered once. `message.fds` that the handler leaves are closed with the answer."""
 
-    __slots__ = ("_sock", "message")
+    __slots__ = ("_control", "_sock", "message")
 
-    def __init__(self, sock: socket.socket, message: unix.Message) -> None:
+    def __init__(self, control: Control, sock: socket.socket, message: unix.Message) -> None:
+        self._control = control
         self._sock = sock
         self.message = message
 
@@ -35,7 +36,8 @@ class Request:
 
     def _send(self, body: dict[str, Any]) -> None:
         self.message.close()
-        _deliver(self._sock, body)
+        if not _deliver(self._sock, body):
+            self._control.drop(self._sock)  # whoever waits for this answer must not wait for ever
 
 
 class Control:
@@ -65,7 +67,7 @@ class Control:
         """Send an event to all; whether anybody got it. Who does not read its connection loses it."""
         for sock in list(self._connections):
             if not _deliver(sock, body):
-                self._drop(sock)
+                self.drop(sock)
         return bool(self._connections)
 
     def close(self) -> None:
@@ -78,7 +80,7 @@ class Control:
         self._loop.unwatch(self._listener.fileno())
         self._listener.close()
         for sock in list(self._connections):
-            self._drop(sock)
+            self.drop(sock)
 
     def _accept(self, _revents: int) -> None:
         try:
@@ -98,11 +100,12 @@ class Control:
         except (AmbiError, OSError):
             message = None
         if message is None:
-            self._drop(sock)
+            self.drop(sock)
             return
-        self.requests.append(Request(sock, message))
+        self.requests.append(Request(self, sock, message))
 
-    def _drop(self, sock: socket.socket) -> None:
+    def drop(self, sock: socket.socket) -> None:
+        """End one connection; one that has ended already is ignored."""
         if sock in self._connections:
             self._connections.remove(sock)
             self._loop.unwatch(sock.fileno())

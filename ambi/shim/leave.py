@@ -58,10 +58,9 @@ class Notice:
         self._sock: socket.socket | None = None
         self._acknowledged = False
 
-    def send(self) -> None:
-        """Tell now, or start an engine and leave the telling to `wait`."""
-        if not self._try():
-            start_engine(self._parting)
+    def send(self) -> bool:
+        """Tell now, or start an engine and leave the telling to `wait`; whether there is something to wait for."""
+        return self._try() or start_engine(self._parting)
 
     def wait(self, loop: Loop, enough: Callable[[], bool]) -> None:
         """Turn `loop` until an engine has acknowledged, `enough` says so, or NOTICE_SECONDS have passed."""

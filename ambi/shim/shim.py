@@ -280,8 +280,8 @@ class Shim:
         if status is not None:
             status = leave.write_exit(self.spec.data_dir, status)
             if not self.control.event({"event": "exit", "exit": status._asdict()}):
-                waiting = leave.Notice(leave.Parting(self.spec.id, self.spec.run_root, self.spec.home), status)
-                waiting.send()
+                notice = leave.Notice(leave.Parting(self.spec.id, self.spec.run_root, self.spec.home), status)
+                waiting = notice if notice.send() else None
         failure = self._delete()
         for request in self._deletions:
             if failure is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import secrets
+import os
 import signal
 import time
 from typing import Any
@@ -212,7 +212,7 @@ def _hello() -> Items:
         (HelloTag.LOWEST, VERSION),
         (HelloTag.HIGHEST, VERSION),
         (HelloTag.CLOCK_NS, time.time_ns()),
-        (HelloTag.ENTROPY, secrets.token_bytes(64)),
+        (HelloTag.ENTROPY, os.urandom(64)),
     )
 
 
