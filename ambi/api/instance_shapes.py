@@ -65,6 +65,7 @@ def summary(instance: Instance) -> dict[str, Any]:
         "Labels": config.get("Labels") or {},
         "State": instance.state.status.value,
         "Status": status_text(instance),
+        "Isolation": instance.isolation.value,  # ours; Docker's clients ignore it
         "HostConfig": {"NetworkMode": instance.spec.host.get("NetworkMode") or "default"},
         "NetworkSettings": {"Networks": _networks(instance)},
         "Mounts": mounts(instance),
