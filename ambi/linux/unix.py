@@ -163,6 +163,8 @@ def _decode(data: bytes, fds: list[int]) -> dict[str, Any]:
     memfd = fds.pop()
     try:
         return _parse(os.pread(memfd, length, 0))
+    except OSError as error:
+        raise InvalidRequest(f"message brings no memfd: {error.strerror}") from error
     finally:
         os.close(memfd)
 

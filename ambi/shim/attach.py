@@ -52,23 +52,20 @@ class DetachKeys:
 
     def __init__(self, keys: bytes) -> None:
         self._keys = keys
-        self._matched = 0
+        self._held = b""
 
     def feed(self, data: bytes) -> tuple[bytes, bool]:
         """What to pass on, and whether the sequence is complete (then nothing after it counts)."""
-        if not self._keys or (not self._matched and self._keys[0] not in data):
+        if not self._keys or (not self._held and self._keys[0] not in data):
             return data, False
         passed = bytearray()
         for byte in data:
-            if byte != self._keys[self._matched]:
-                passed += self._keys[: self._matched]
-                self._matched = 0
-            if byte == self._keys[self._matched]:
-                self._matched += 1
-                if self._matched == len(self._keys):
-                    return bytes(passed), True
-            else:
-                passed.append(byte)
+            self._held += bytes((byte,))
+            while not self._keys.startswith(self._held):
+                passed.append(self._held[0])
+                self._held = self._held[1:]
+            if self._held == self._keys:
+                return bytes(passed), True
         return bytes(passed), False
 
 
