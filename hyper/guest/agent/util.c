@@ -38,6 +38,7 @@ static const char *kind_of(int number) {
     case ENOENT:
         return "NotFound";
     case EINVAL:
+    case EXDEV:
     case ENOTDIR:
     case ELOOP:
     case ENAMETOOLONG:
