@@ -30,7 +30,7 @@ def client(engine: EngineUnderTest) -> Iterator[RawClient]:
     made.close()
 
 
-def create(client: RawClient, *argv: str, name: str = "c", **config: Any) -> str:
+def create(client: RawClient, *argv: str, name: str = "cc", **config: Any) -> str:
     host = {"NetworkMode": "none", **config.pop("HostConfig", {})}
     body = {"Image": "busybox", "Cmd": list(argv), "HostConfig": host, **config}
     status, answer = client.call("POST", f"/containers/create?name={name}", body)
@@ -53,10 +53,10 @@ def test_ping_by_both_methods_and_the_headers_of_negotiation(engine: EngineUnder
 def test_wait_answers_its_head_before_the_start(engine: EngineUnderTest, client: RawClient) -> None:
     create(client, "sh", "-c", "exit 7")
     waiting = RawClient(engine.socket)
-    waiting.send("POST", "/containers/c/wait?condition=next-exit")
+    waiting.send("POST", "/containers/cc/wait?condition=next-exit")
     status, headers = waiting.head()
     assert status == 200 and headers["transfer-encoding"] == "chunked"
-    assert client.call("POST", "/containers/c/start")[0] == 204
+    assert client.call("POST", "/containers/cc/start")[0] == 204
     assert json.loads(waiting.body(headers)) == {"StatusCode": 7}
     waiting.close()
 
@@ -64,24 +64,24 @@ def test_wait_answers_its_head_before_the_start(engine: EngineUnderTest, client:
 def test_the_conditions_of_wait(engine: EngineUnderTest, client: RawClient) -> None:
     create(client, "true", HostConfig={"AutoRemove": True})
     waiting = RawClient(engine.socket)
-    waiting.send("POST", "/containers/c/wait?condition=removed")
+    waiting.send("POST", "/containers/cc/wait?condition=removed")
     _, headers = waiting.head()
-    client.call("POST", "/containers/c/start")
+    client.call("POST", "/containers/cc/start")
     assert json.loads(waiting.body(headers)) == {"StatusCode": 0}
-    assert client.call("GET", "/containers/c/json")[0] == 404
-    status, answer = client.call("POST", "/containers/c/wait?condition=sometime")
+    assert client.call("GET", "/containers/cc/json")[0] == 404
+    status, answer = client.call("POST", "/containers/cc/wait?condition=sometime")
     assert (status, answer["message"]) == (400, 'invalid condition: "sometime"')
     waiting.close()
 
 
 def test_a_waiting_client_that_goes_away_is_forgotten(engine: EngineUnderTest, client: RawClient) -> None:
     create(client, "sleep", "1000")
-    client.call("POST", "/containers/c/start")
+    client.call("POST", "/containers/cc/start")
     before = threads(engine)
     gone = [RawClient(engine.socket) for _ in range(5)]
     for number, waiting in enumerate(gone):
         waiting.send(
-            *(("POST", "/containers/c/wait"), ("GET", "/events"), ("GET", "/containers/c/logs?follow=1&stdout=1"))[
+            *(("POST", "/containers/cc/wait"), ("GET", "/events"), ("GET", "/containers/cc/logs?follow=1&stdout=1"))[
                 number % 3
             ]
         )
@@ -101,8 +101,8 @@ def threads(engine: EngineUnderTest) -> int:
 def test_attach_before_start_and_half_close(engine: EngineUnderTest, client: RawClient) -> None:
     create(client, "cat", OpenStdin=True, StdinOnce=True, AttachStdin=True)
     attached = RawClient(engine.socket)
-    sock = attached.hijack("/containers/c/attach?stream=1&stdin=1&stdout=1&stderr=1")
-    client.call("POST", "/containers/c/start")
+    sock = attached.hijack("/containers/cc/attach?stream=1&stdin=1&stdout=1&stderr=1")
+    client.call("POST", "/containers/cc/start")
     sock.sendall(b"some bytes")
     sock.shutdown(socket.SHUT_WR)
     assert attached.frames() == {1: b"some bytes", 2: b""}
@@ -111,9 +111,9 @@ def test_attach_before_start_and_half_close(engine: EngineUnderTest, client: Raw
 
 def test_bytes_sent_with_the_head_of_an_attach_reach_the_program(engine: EngineUnderTest, client: RawClient) -> None:
     create(client, "cat", OpenStdin=True, StdinOnce=True, AttachStdin=True)
-    client.call("POST", "/containers/c/start")
+    client.call("POST", "/containers/cc/start")
     attached = RawClient(engine.socket)
-    head = "POST /v1.44/containers/c/attach?stream=1&stdin=1&stdout=1 HTTP/1.1\r\nHost: x\r\n"
+    head = "POST /v1.44/containers/cc/attach?stream=1&stdin=1&stdout=1 HTTP/1.1\r\nHost: x\r\n"
     attached.socket.sendall(head.encode() + b"Connection: Upgrade\r\nUpgrade: tcp\r\n\r\nearly ")
     attached.socket.sendall(b"late")
     attached.socket.shutdown(socket.SHUT_WR)
@@ -124,10 +124,10 @@ def test_bytes_sent_with_the_head_of_an_attach_reach_the_program(engine: EngineU
 
 def test_framing_of_an_exec_follows_its_start(engine: EngineUnderTest, client: RawClient) -> None:
     create(client, "sleep", "1000")
-    client.call("POST", "/containers/c/start")
+    client.call("POST", "/containers/cc/start")
     for tty, framed in ((False, True), (True, False)):
         body = {"Cmd": ["echo", "hi"], "AttachStdout": True, "AttachStderr": True, "Tty": True}
-        status, made = client.call("POST", "/containers/c/exec", body)
+        status, made = client.call("POST", "/containers/cc/exec", body)
         assert status == 201
         starter = RawClient(engine.socket)
         sock = starter.hijack(f"/exec/{made['Id']}/start", {"Detach": False, "Tty": tty})
@@ -145,15 +145,15 @@ def test_framing_of_an_exec_follows_its_start(engine: EngineUnderTest, client: R
 
 def test_lists_in_both_shapes_of_filters_and_unknown_ones(client: RawClient) -> None:
     create(client, "true", Labels={"tier": "web"})
-    create(client, "true", name="d")
+    create(client, "true", name="dd")
     for filters in ('{"label":["tier=web"]}', '{"label":{"tier=web":true}}'):
         found = client.call("GET", f"/containers/json?all=1&filters={filters}")[1]
-        assert [row["Names"] for row in found] == [["/c"]]
+        assert [row["Names"] for row in found] == [["/cc"]]
     assert len(client.call("GET", "/containers/json?all=1")[1]) == 2
     assert client.call("GET", "/containers/json")[1] == []
     assert client.call("GET", '/containers/json?filters={"nope":["x"]}')[0] == 400
     row = client.call("GET", "/containers/json?limit=1")[1][0]
-    assert row["Names"] == ["/d"] and row["HostConfig"]["NetworkMode"] == "none" and row["NetworkSettings"]["Networks"]
+    assert row["Names"] == ["/dd"] and row["HostConfig"]["NetworkMode"] == "none" and row["NetworkSettings"]["Networks"]
 
 
 def test_inspect_probes_end_in_json_404s(client: RawClient) -> None:
@@ -165,15 +165,15 @@ def test_inspect_probes_end_in_json_404s(client: RawClient) -> None:
 def test_events_replay_and_follow(engine: EngineUnderTest, client: RawClient) -> None:
     create(client, "true", HostConfig={"AutoRemove": True})
     watching = RawClient(engine.socket)
-    watching.send("GET", '/events?since=1&filters={"container":["c"]}')
+    watching.send("GET", '/events?since=1&filters={"container":["cc"]}')
     assert watching.head()[0] == 200
-    client.call("POST", "/containers/c/start")
+    client.call("POST", "/containers/cc/start")
     actions = []
     while "destroy" not in actions:
         size = int(watching._line(), 16)
         for line in watching._exactly(size).splitlines():
             event = json.loads(line)
-            assert event["Type"] == "container" and event["Actor"]["Attributes"]["name"] == "c" and event["scope"] == "local"
+            assert event["Type"] == "container" and event["Actor"]["Attributes"]["name"] == "cc" and event["scope"] == "local"
             assert event["status"] == event["Action"] and event["timeNano"] // 10**9 == event["time"]
             actions.append(event["Action"])
         watching._line()
@@ -183,33 +183,33 @@ def test_events_replay_and_follow(engine: EngineUnderTest, client: RawClient) ->
 
 def test_stats_have_what_the_client_computes_with(client: RawClient) -> None:
     create(client, "sh", "-c", "while :; do :; done", HostConfig={"NanoCpus": 200_000_000})
-    client.call("POST", "/containers/c/start")
-    status, shown = client.call("GET", "/containers/c/stats?stream=0")
-    assert status == 200 and shown["name"] == "/c"
+    client.call("POST", "/containers/cc/start")
+    status, shown = client.call("GET", "/containers/cc/stats?stream=0")
+    assert status == 200 and shown["name"] == "/cc"
     used = shown["cpu_stats"]["cpu_usage"]["total_usage"] - shown["precpu_stats"]["cpu_usage"]["total_usage"]
     assert used > 0 and shown["cpu_stats"]["system_cpu_usage"] > shown["precpu_stats"]["system_cpu_usage"]
     assert shown["memory_stats"]["usage"] > 0 and shown["memory_stats"]["limit"] > 0 and shown["pids_stats"]["current"] >= 1
-    single = client.call("GET", "/containers/c/stats?stream=0&one-shot=1")[1]
+    single = client.call("GET", "/containers/cc/stats?stream=0&one-shot=1")[1]
     assert single["precpu_stats"]["cpu_usage"]["total_usage"] == 0
 
 
 def test_a_client_that_stalls_holds_nobody(engine: EngineUnderTest, client: RawClient) -> None:
     """Full logs, events and an upload that stops half-way: everybody else goes on."""
     create(client, "sh", "-c", "head -c 3000000 /dev/zero | tr '\\0' x; sleep 1000")
-    client.call("POST", "/containers/c/start")
+    client.call("POST", "/containers/cc/start")
     stalled = [RawClient(engine.socket) for _ in range(3)]
-    stalled[0].send("GET", "/containers/c/logs?follow=1&stdout=1")
+    stalled[0].send("GET", "/containers/cc/logs?follow=1&stdout=1")
     stalled[1].send("GET", "/events?since=1")
     stalled[2].socket.sendall(b"POST /images/load HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000\r\n\r\nhalf")
-    create(client, "true", name="d")
+    create(client, "true", name="dd")
     done: list[int] = []
-    worker = threading.Thread(target=lambda: done.append(engine.docker("exec", "c", "true").returncode))
+    worker = threading.Thread(target=lambda: done.append(engine.docker("exec", "cc", "true").returncode))
     worker.start()
     worker.join(30)
     assert done == [0]
-    assert client.call("POST", "/containers/c/kill")[0] == 204
-    assert client.call("DELETE", "/containers/c?force=1")[0] == 204
-    assert client.call("DELETE", "/containers/d")[0] == 204
+    assert client.call("POST", "/containers/cc/kill")[0] == 204
+    assert client.call("DELETE", "/containers/cc?force=1")[0] == 204
+    assert client.call("DELETE", "/containers/dd")[0] == 204
     for each in stalled:
         each.close()
 
