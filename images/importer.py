@@ -1,0 +1,106 @@
+"""Archives of layers into the store: a blob, a layer in the form that this host mounts, and what is known of both."""
+
+from __future__ import annotations
+
+import os
+from typing import BinaryIO, NamedTuple
+
+from ambi.core.errors import Corrupt, from_os_error
+from ambi.core.events import Progress, ProgressSink
+from images.content import ContentStore, Ingest
+from images.database import LayerRow
+from images.layers.convert import Converted
+from images.layers.supervisor import Worker, pipe, write_all
+from images.manifest import layer_media_type
+from images.snapshots import EROFS, FormName, Prepared, Snapshots, discard
+
+_READ = 256 << 10
+_STEP = 8 << 20  # bytes between two reports of progress
+
+
+class NewLayer(NamedTuple):
+    """A layer whose blob and snapshot wait in the ingest directory. prepared: None when the store has the layer."""
+
+    row: LayerRow
+    blob: Ingest
+    prepared: Prepared | None
+
+    def discard(self) -> None:
+        self.blob.discard()
+        if self.prepared is not None:
+            discard(self.prepared.path)
+
+
+def layer_row(blob: Ingest, converted: Converted) -> LayerRow:
+    media_type = layer_media_type(converted.compression)
+    return LayerRow(converted.diff_id, converted.tar_bytes, converted.content_bytes, blob.digest, media_type, blob.size)
+
+
+def receive_layer(
+    source: BinaryIO, form: FormName, *, content: ContentStore, snapshots: Snapshots, progress: ProgressSink
+) -> NewLayer:
+    """Read one archive to its end. For EROFS it is written, hashed and converted at the same time.
+
+    Raises Corrupt, StorageFull and whatever `source` raises; nothing is left then.
+    """
+    blob = content.ingest()
+    try:
+        with Worker() as worker:
+            if form == "erofs":
+                prepared = _stream(source, worker, blob, snapshots, progress)
+            else:
+                _copy(source, blob, progress)
+                os.lseek(blob.fd, 0, os.SEEK_SET)
+                prepared = snapshots.prepare(form, worker, blob.fd)
+        try:
+            blob.sync()
+        except BaseException:
+            discard(prepared.path)
+            raise
+        return NewLayer(layer_row(blob, prepared.converted), blob, prepared)
+    except OSError as error:
+        blob.discard()
+        raise from_os_error("cannot store the archive", error) from error
+    except BaseException:
+        blob.discard()
+        raise
+
+
+def _stream(source: BinaryIO, worker: Worker, blob: Ingest, snapshots: Snapshots, progress: ProgressSink) -> Prepared:
+    path = snapshots.staging()
+    read_end, write_end = pipe()
+    target = -1
+    try:
+        try:
+            target = EROFS.start(worker, read_end, path, snapshots.limit_bytes())
+            os.close(read_end)
+            read_end = -1
+            _copy(source, blob, progress, write_end)
+        finally:
+            os.close(write_end)
+            if read_end >= 0:
+                os.close(read_end)
+        return Prepared("erofs", path, EROFS.finish(worker, target))
+    except BaseException:
+        discard(path)
+        raise
+    finally:
+        if target >= 0:
+            os.close(target)
+
+
+def _copy(source: BinaryIO, blob: Ingest, progress: ProgressSink, tee: int | None = None) -> None:
+    """All of `source` into `blob`, and into the pipe `tee` until its reader goes (its answer then says why)."""
+    told = 0
+    while chunk := source.read(_READ):
+        blob.write(chunk)
+        if tee is not None:
+            try:
+                write_all(tee, chunk)
+            except BrokenPipeError:
+                return
+        if blob.size - told >= _STEP:
+            told = blob.size
+            progress(Progress("", "Importing", told, 0))
+    if not blob.size:
+        raise Corrupt("the archive is empty")

@@ -1,0 +1,67 @@
+"""What `docker rmi` removes, and when it refuses. Under the store's mutex."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from ambi.core.errors import Conflict, InvalidRequest
+from images import reference
+from images.database import Database
+from images.model import Image, Removed
+
+
+def remove(database: Database, image: Image, name: str, *, force: bool, in_use: Callable[[str], list[str]]) -> list[Removed]:
+    """Remove `image`, found as `name`: by name only that name, unless it is the last; by id the image."""
+    canonical = _as_name(database, image, name)
+    everything = database.names(image.id)
+    users = in_use(image.id)
+    if canonical is not None and (len(everything) > 1 or (users and force)):
+        return _untag(database, [canonical])
+    if canonical is not None and users:
+        raise Conflict(
+            f'conflict: unable to remove repository reference "{name}" (must force) - '
+            f"container {users[0][:12]} is using its referenced image {image.id[7:19]}",
+            hint=f"remove the instance first: `ambi rm {users[0][:12]}`",
+        )
+    repositories = {reference.parse(x).repository for x in everything}
+    if canonical is None and not force and (len(repositories) > 1 or users):
+        why = (
+            f"image is being used by container {users[0][:12]}" if users else "image is referenced in multiple repositories"
+        )
+        raise Conflict(
+            f"conflict: unable to delete {image.id[7:19]} (must be forced) - {why}",
+            hint=f"remove the instance first: `ambi rm {users[0][:12]}`" if users else "remove it by name, or use --force",
+        )
+    if users:  # its instances need the layers: it only loses its names
+        if not everything:
+            raise Conflict(
+                f"conflict: unable to delete {image.id[7:19]} (cannot be forced) - "
+                f"image is being used by container {users[0][:12]}",
+                hint=f"remove the instance first: `ambi rm {users[0][:12]}`",
+            )
+        return _untag(database, everything)
+    return remove_image(database, image)
+
+
+def remove_image(database: Database, image: Image) -> list[Removed]:
+    """Remove an unused image with all its names."""
+    removed = _untag(database, database.names(image.id))
+    with database.transaction():
+        database.delete_image(image.id)
+    return [*removed, Removed(id=image.id)]
+
+
+def _untag(database: Database, names: list[str]) -> list[Removed]:
+    with database.transaction():
+        for name in names:
+            database.delete_name(name)
+    return [Removed(name=reference.parse(name).familiar) for name in names]
+
+
+def _as_name(database: Database, image: Image, name: str) -> str | None:
+    """The canonical name that the caller used, or None when it was an id."""
+    try:
+        canonical = reference.parse(name).canonical
+    except InvalidRequest:
+        return None
+    return canonical if canonical in database.names(image.id) else None
