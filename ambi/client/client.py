@@ -131,6 +131,7 @@ class Client:
         self._seconds = seconds
         self._report = report
         self._kept: Connection | None = None
+        self._streams: list[Connection] = []
 
     def get(self, path: str, query: Query | None = None) -> Any:
         return self._call("GET", path, query)
@@ -146,50 +147,69 @@ class Client:
         return Client(self.roots, starts=False)
 
     def close(self) -> None:
+        """Close the connections that are the client's: not hijacked ones, nor those of `background`."""
+        self._forget()
+        while self._streams:
+            self._streams.pop().close()
+
+    def _forget(self) -> None:
         if self._kept is not None:
             self._kept.close()
             self._kept = None
 
     def stream(self, method: str, path: str, query: Query | None = None) -> Response:
         """Send a request without a body and return when the head of its answer is there; errors are raised."""
-        connection = self._connect()
-        connection.send(method, _target(path, query), [("Content-Length", "0")] if method == "POST" else [])
-        return _checked(connection.response())
+        headers = [("Content-Length", "0")] if method == "POST" else []
+        connection, response = self._apart(lambda it: it.send(method, _target(path, query), headers))
+        self._streams.append(connection)
+        return response
 
     def upload(self, path: str, query: Query, source: BinaryIO, uploaded: Uploaded = lambda _: None) -> Response:
         """POST `source` to its end while the answer is read, so that neither side waits for the other.
 
         uploaded: called from another thread with the number of bytes sent so far.
         """
-        connection = self._connect()
         headers = [("Content-Type", "application/x-tar"), ("Transfer-Encoding", "chunked")]
-        connection.send("POST", _target(path, query), headers)
-        feeder = threading.Thread(target=_feed, args=(connection, source, uploaded), daemon=True)
-        feeder.start()
-        return _checked(connection.response())
+
+        def begin(it: Connection) -> None:
+            it.send("POST", _target(path, query), headers)
+            threading.Thread(target=_feed, args=(it, source, uploaded), daemon=True).start()
+
+        connection, response = self._apart(begin)
+        self._streams.append(connection)
+        return response
 
     def hijack(self, path: str, query: Query | None = None, body: Any = None) -> Hijacked:
         """POST, and take the connection over when the engine agrees. Its errors before that are raised."""
-        connection = self._connect()
-        _send_json(connection, "POST", _target(path, query), body, [("Connection", "Upgrade"), ("Upgrade", "tcp")])
-        response = connection.response()
-        if response.status not in (101, 200):
-            _checked(response)
+        headers = [("Connection", "Upgrade"), ("Upgrade", "tcp")]
+        connection, _ = self._apart(lambda it: _send_json(it, "POST", _target(path, query), body, headers))
         return Hijacked(*connection.take())
 
     def background(self, path: str, query: Query | None = None) -> Pending:
         """POST on a connection of its own; returns when the head of the answer has arrived."""
+        headers = [("Content-Length", "0")]
+        return Pending(*self._apart(lambda it: it.send("POST", _target(path, query), headers)))
+
+    def _apart(self, send: Callable[[Connection], None]) -> tuple[Connection, Response]:
+        """A new connection on which `send` has sent a request, and the head of its answer; errors are raised."""
         connection = self._connect()
-        connection.send("POST", _target(path, query), [("Content-Length", "0")])
-        return Pending(connection, _checked(connection.response()))
+        try:
+            send(connection)
+            return connection, _checked(connection.response())
+        except BaseException:
+            connection.close()
+            raise
 
     def _call(self, method: str, path: str, query: Query | None, body: Any = None) -> Any:
-        response = self._exchange(method, _target(path, query), body)
-        if response.headers.get("connection", "").lower() == "close":
+        try:
+            response = self._exchange(method, _target(path, query), body)
+            last = response.headers.get("connection", "").lower() == "close"
             data = _checked(response).read()
-            self.close()
-        else:
-            data = _checked(response).read()
+        except (Lost, errors.Internal, OSError, KeyboardInterrupt):  # whatever else comes is not an answer to the next
+            self._forget()
+            raise
+        if last or not response.reusable:
+            self._forget()
         return _json(data)
 
     def _exchange(self, method: str, target: str, body: Any) -> Response:
@@ -198,7 +218,7 @@ class Client:
                 _send_json(self._kept, method, target, body)
                 return self._kept.response()
             except Lost:
-                self.close()
+                self._forget()
                 if method != "GET":
                     raise
         self._kept = self._connect()

@@ -67,6 +67,11 @@ class Response:
         elif self.status not in (204, 304):
             yield from self._connection.receive_all()
 
+    @property
+    def reusable(self) -> bool:
+        """Whether the connection outlives the body: not where the body's end is that of the connection."""
+        return "content-length" in self.headers or "transfer-encoding" in self.headers or self.status in (204, 304)
+
     def read(self) -> bytes:
         return b"".join(self.chunks())
 

@@ -19,6 +19,7 @@ from ambi.core.roots import Roots
 START_SECONDS = 60.0
 PATIENCE_SECONDS = 1.0  # silence that needs no explanation
 POLL_SECONDS = 0.05
+RIVAL_SECONDS = 10.0  # how long an engine that another command has just started may take
 UNIT = "ambi.service"
 UNIT_FOLDERS = ("/etc/systemd/system", "/run/systemd/system", "/usr/local/lib/systemd/system", "/usr/lib/systemd/system")
 
@@ -78,9 +79,11 @@ def _wait_until_it_listens(roots: Roots, pid: int, output: int, report: Callable
         if status is None:
             ended, code = os.waitpid(pid, os.WNOHANG)
             status = os.waitstatus_to_exitcode(code) if ended else None
-        if status and not listens(roots):
-            raise _failure(roots, os.pread(output, 64 << 10, 0).decode(errors="replace"), status)
         waited = time.monotonic() - begin
+        if status and not listens(roots):
+            error = _failure(os.pread(output, 64 << 10, 0).decode(errors="replace"), status)
+            if not isinstance(error, Conflict) or waited > RIVAL_SECONDS:
+                raise error
         if waited > START_SECONDS:
             raise DeadlineExceeded(
                 f"the engine was started but does not answer at {roots.socket} after {START_SECONDS:.0f} s",
@@ -92,16 +95,15 @@ def _wait_until_it_listens(roots: Roots, pid: int, output: int, report: Callable
         time.sleep(POLL_SECONDS)
 
 
-def _failure(roots: Roots, output: str, status: int) -> AmbiError:
+def _failure(output: str, status: int) -> AmbiError:
     """What the engine said when it could not start, as an error of ours."""
-    message, hint = "", None
-    for line in output.splitlines():
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    message, hint = lines[-1] if lines else "", None  # of a traceback, the last line is the error
+    for line in lines:
         if line.startswith("error: "):
             message = line.removeprefix("error: ")
         elif line.startswith("hint: "):
             hint = line.removeprefix("hint: ")
-        elif line.strip() and not message:
-            message = line.strip()
-    kind = Conflict if "already" in message else Unavailable
+    kind = Conflict if message.startswith("another engine") else Unavailable
     cause = message or f"it ended with status {status} and said nothing"
-    return kind(f"cannot start the engine: {cause}", hint=hint or f"see {roots.data}/engine.log")
+    return kind(f"cannot start the engine: {cause}", hint=hint or "`ambi engine run` shows all that it says")

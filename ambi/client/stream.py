@@ -119,7 +119,7 @@ class Session:
     """Pumps one attached stream until its output ends.
 
     stdin: a descriptor to read from, None for none. framed: as the engine sends it. keys: the detach sequence, b"" for none.
-    watch: one more thing to react to meanwhile.
+    watch: one more thing to react to meanwhile. output: where stdout and stderr go.
     """
 
     def __init__(
@@ -130,6 +130,7 @@ class Session:
         stdin: int | None = None,
         keys: bytes = b"",
         watch: Watched | None = None,
+        output: tuple[int, int] = (STDOUT, STDERR),
     ) -> None:
         self._sock = hijacked.sock
         self._received = hijacked.received
@@ -137,6 +138,7 @@ class Session:
         self._stdin = stdin
         self._keys = DetachKeys(keys)
         self._watch = watch
+        self._output = output
         self._pending = bytearray()  # stdin that the engine has not taken yet
         self._half_closed = stdin is None
         self._detached = False
@@ -144,7 +146,7 @@ class Session:
     def run(self) -> bool:
         """Pump to the end of the output, and close the socket. True when the user typed the detach sequence.
 
-        Output goes to descriptors 1 and 2; a reader of ours that is slow makes the engine wait, and nothing is dropped.
+        A reader of our output that is slow makes the engine wait, and nothing is dropped.
         """
         try:
             if self._received:
@@ -212,7 +214,7 @@ class Session:
 
     def _show(self, data: bytes) -> None:
         if self._frames is None:
-            write_all(STDOUT, data)
+            write_all(self._output[0], data)
             return
         for stream, part in self._frames.feed(data):
-            write_all(stream, part)
+            write_all(self._output[stream == STDERR], part)
