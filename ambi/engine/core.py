@@ -18,9 +18,8 @@ from ambi.engine.state import StateDb
 from ambi.engine.types import State
 
 if TYPE_CHECKING:
-    from images.store import Store
-
     from ambi.engine.shims import Shims
+    from images.store import Store
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +51,12 @@ class Core:
         row = record.row
         attributes = attributes_of(row.spec.config.get("Labels"), image=row.image, name=row.name, **own)
         self.bus.publish("container", action, row.id, attributes)
+
+    def tell_oom(self, record: Record) -> None:
+        """The event `oom`, once a run. With the mutex held."""
+        if not record.oom_told:
+            record.oom_told = True
+            self.publish(record, "oom")
 
     def set_state(self, record: Record, state: State) -> None:
         """Store and show `state`. With the mutex held."""
@@ -93,6 +98,8 @@ class Core:
                 item.exit_code = 137
                 self.db.set_exec(item.id, item.pid, 137)
         self.set_state(record, state)
+        if status.oom_killed:
+            self.tell_oom(record)
         elapsed = max(0, finished - state.started_ns) // 1_000_000_000
         self.publish(record, "die", execDuration=str(elapsed), exitCode=str(status.code))
         self.settle(record, "not-running", status)

@@ -9,11 +9,10 @@ import os
 import secrets
 import socket
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from importlib import metadata
 from pathlib import Path
 from typing import Any
-
-from images.store import Store
 
 from ambi.core.deadline import Deadline
 from ambi.core.errors import Conflict
@@ -40,6 +39,7 @@ from ambi.engine.types import (
     WaitCondition,
 )
 from ambi.engine.wait import WaitTicket
+from images.store import Store
 
 __all__ = ["Engine", "Event", "EventStream", "WaitTicket"]
 
@@ -59,12 +59,14 @@ class Engine:
         roots.data.mkdir(mode=0o711, parents=True, exist_ok=True)
         for path in (roots.data / "instances", roots.run / "instances"):
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        db = StateDb(roots.state_db)
-        try:
-            return cls(Core(roots, db, Store.open(roots.images), _boot_id()))
-        except BaseException:
-            db.close()
-            raise
+        with ExitStack() as undo:
+            db = StateDb(roots.state_db)
+            undo.callback(db.close)
+            store = Store.open(roots.images)
+            undo.callback(store.close)
+            engine = cls(Core(roots, db, store, _boot_id()))
+            undo.pop_all()
+        return engine
 
     def __init__(self, core: Core) -> None:
         """Use `open`. Takes over `core`, whose records are read here."""
@@ -80,6 +82,7 @@ class Engine:
         """Let go of everything; instances run on."""
         self._core.bus.close()
         self._core.shims.close()
+        self._core.store.close()
         self._core.db.close()
 
     def create(self, name: str | None, spec: CreateSpec) -> tuple[InstanceId, list[str]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, BinaryIO
 
 from ambi.core.errors import AmbiError
@@ -10,7 +10,9 @@ from ambi.core.events import ProgressSink, ignore
 from ambi.engine.core import Core
 
 if TYPE_CHECKING:
-    from images.store import History, Image, Removed
+    from images.store import HistoryStep, Image, Removed
+
+Ids = list[str]
 
 
 class ImageService:
@@ -36,7 +38,7 @@ class ImageService:
         message: str = "",
         progress: ProgressSink = ignore,
     ) -> Image:
-        image = self._store.import_tar(source, name or None, changes=changes, message=message, progress=progress)
+        image = self._store.import_tar(source, name or "", changes=changes, message=message, progress=progress)
         self._event("import", image.id, name or image.id)
         if name:
             self._event("tag", image.id, _shown(image, name))
@@ -58,21 +60,30 @@ class ImageService:
         self._store.tag(image, name)
         self._event("tag", image.id, name)
 
-    def history(self, image: Image) -> Sequence[History]:
+    def history(self, image: Image) -> Sequence[HistoryStep]:
         return self._store.history(image)
 
     def remove(self, name: str, *, force: bool = False, prune: bool = True) -> Sequence[Removed]:
         """Raises Conflict while an instance uses it; with `force` the names go, the data stays until the instance does."""
         removed = self._store.remove(name, force=force, prune=prune, in_use=self.in_use)
+        self._tell(removed)
+        return removed
+
+    def prune(self, fits: Callable[[Image], bool], *, everything: bool = False) -> tuple[Sequence[Removed], int]:
+        """Remove what no instance uses and `fits`: untagged images, or with `everything` all. Also the bytes freed."""
+        removed, freed_bytes = self._store.prune(fits, everything=everything, in_use=self.in_use)
+        self._tell(removed)
+        return removed, freed_bytes
+
+    def _tell(self, removed: Sequence[Removed]) -> None:
         image_id = next((item.id for item in removed if item.id), "")
         for item in removed:
             if item.name:
                 self._event("untag", item.id or image_id or item.name, item.name)
             else:
                 self._event("delete", item.id, item.id)
-        return removed
 
-    def in_use(self, image_id: str) -> Sequence[str]:
+    def in_use(self, image_id: str) -> Ids:
         """Ids of the instances made of the image."""
         return [record.id for record in self._core.registry if record.row.image_id == image_id]
 

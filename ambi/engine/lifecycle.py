@@ -6,6 +6,7 @@ import logging
 import shutil
 import signal as signals_module
 import time
+from typing import Literal
 
 from ambi.core.deadline import Deadline
 from ambi.core.errors import AmbiError, Conflict, InvalidRequest, NotFound, NotModified, Unavailable, from_os_error
@@ -60,7 +61,7 @@ def _start(core: Core, record: Record) -> None:
     if run is None:
         run = core.shims.spawn(record)
     core.wait_for(lambda: record.attaching == 0, soon())
-    run.starting = True
+    run.starting, record.oom_told = True, False
     try:
         answer = run.connection.call("start", by=Deadline.after(START_S))
     except AmbiError:
@@ -88,7 +89,7 @@ def _start(core: Core, record: Record) -> None:
 
 
 def _layers(core: Core, record: Record) -> Layers:
-    form = "erofs" if record.row.isolation is Isolation.VM else None
+    form: Literal["erofs"] | None = "erofs" if record.row.isolation is Isolation.VM else None
     try:
         image = core.store.resolve(record.row.image_id)
     except NotFound as error:

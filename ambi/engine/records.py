@@ -56,7 +56,7 @@ class ExecRecord:
 class Record:
     """One instance. `lock` is held through start, stop, rename and remove; everything else changes under the mutex."""
 
-    __slots__ = ("attaching", "execs", "lock", "removing", "row", "run", "state", "tickets")
+    __slots__ = ("attaching", "execs", "lock", "oom_told", "removing", "row", "run", "state", "tickets")
 
     def __init__(self, row: Row) -> None:
         self.row = row
@@ -66,6 +66,7 @@ class Record:
         self.execs: dict[ExecId, ExecRecord] = {}
         self.tickets: list[WaitTicket] = []
         self.removing = False
+        self.oom_told = False  # in this run
         self.attaching = 0  # clients that have been answered, but that the shim does not have yet
 
     @property

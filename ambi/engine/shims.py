@@ -112,7 +112,8 @@ class Shims:
         elif kind == "exec_exit":
             execs.ended(self._core, record, event["exec_id"], int(event["exit"]["code"]))
         elif kind == "oom":
-            self._core.publish(record, "oom")
+            with self._core.mutex:
+                self._core.tell_oom(record)
         elif kind == "detach":
             self._core.publish(record, "detach")
 
