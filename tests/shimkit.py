@@ -212,7 +212,7 @@ class Run:
 
     def exec(self, name: str, *args: str, stdin: bool = False, **options: Any) -> socket.socket:
         ours, theirs = self.pair()
-        process = {"args": list(args), "env": ["PATH=/usr/bin:/bin"], "cwd": "/", "terminal": False}
+        process = {"args": list(args), "env": ["PATH=/usr/bin:/bin"], "cwd": "/", "user": {"uid": 0, "gid": 0}, "terminal": False}
         attach = {"stdin": stdin, "stdout": True, "stderr": True, **options}
         with theirs:
             self.call("exec", exec_id=name, process=process, stdin=stdin, attach=attach, fds=[theirs.fileno()])
