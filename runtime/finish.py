@@ -145,9 +145,7 @@ def give_up_privileges(spec: dict[str, Any], identity: Identity, program: Filter
     capabilities.limit_bounding(sets.bounding, now)
     os.umask(0o022 if spec["user"].get("umask") is None else spec["user"]["umask"])
     process.prctl(process.PR_SET_KEEPCAPS, 1)
-    os.setgroups(identity.groups)
-    os.setresgid(identity.gid, identity.gid, identity.gid)
-    os.setresuid(identity.uid, identity.uid, identity.uid)
+    process.become(identity.uid, identity.gid, identity.groups)
     capabilities.set_process(own_all, own_all, sets.inheritable & own_all & sets.bounding & now)
     enter_directory(spec)
     if program.program and not restrict:

@@ -42,6 +42,7 @@ PR_CAP_AMBIENT_CLEAR_ALL = 4
 
 CLOSE_RANGE_CLOEXEC = 4
 _KEYCTL_JOIN_SESSION_KEYRING = 1
+_NR_SETGROUPS, _NR_SETRESUID, _NR_SETRESGID = 116, 117, 119
 _NR_PRCTL, _NR_KEYCTL, _NR_UNSHARE, _NR_SETNS, _NR_CLONE3, _NR_CLOSE_RANGE = 157, 250, 272, 308, 435, 436
 
 NAMESPACES = {  # type in config.json -> (flag, file below /proc/PID/ns)
@@ -141,6 +142,18 @@ def new_session_keyring(name: str) -> None:
 def set_domain_name(name: str) -> None:
     encoded = name.encode()
     syscall(171, encoded, len(encoded), what="setdomainname")
+
+
+def become(uid: int, gid: int, groups: tuple[int, ...]) -> None:
+    """Take all three user ids, all three group ids and exactly `groups`.
+
+    By system calls, and not by the C library's functions: those wait for every other thread to do the same, and after a raw
+    clone the library counts threads that only the parent has.
+    """
+    array = (ctypes.c_uint32 * max(1, len(groups)))(*groups)
+    syscall(_NR_SETGROUPS, len(groups), ctypes.addressof(array), what="setgroups")
+    syscall(_NR_SETRESGID, gid, gid, gid, what="setresgid")
+    syscall(_NR_SETRESUID, uid, uid, uid, what="setresuid")
 
 
 def reset_signals() -> None:
