@@ -14,15 +14,13 @@ from ambi.core.driver import Features, Problem
 from ambi.core.errors import NotFound, Unsupported
 from ambi.core.loop import Loop
 from ambi.core.model import Isolation
-from ambi.core.plan import LaunchPlan, Layers
+from ambi.core.plan import LaunchPlan
 from ambi.core.undo import Undo
-from hyper import boot_files, probe, translate
+from hyper import boot_files, probe, translate, validate
 from hyper.qemu import launch, share
 from hyper.qemu.cgroup import Cgroup
 from hyper.qemu.machine import CONSOLE_FILE, VirtualMachine
 
-MIN_MEMORY = 64 << 20
-MAX_VCPUS = 255
 NO_QEMU = Problem("there is no QEMU", "apt-get install qemu-system-x86")
 NO_VIRTIOFSD = Problem("bind mounts into a virtual machine need virtiofsd", "apt-get install qemu-system-common")
 TCG_LINE = "virtual machines run emulated (TCG), many times slower than with KVM"
@@ -44,21 +42,14 @@ class VmDriver:
 
     def check(self, plan: LaunchPlan) -> list[Problem]:
         found = [] if probe.find_qemu() else [NO_QEMU]
-        shape = translate.shape(plan)
         try:
-            boot_files.find(plan.guest_dir, shape.kernel)
+            boot_files.find(plan.guest_dir, translate.shape(plan).kernel)
         except NotFound as error:
             found.append(Problem(error.message, error.hint))
-        if shape.memory_bytes < MIN_MEMORY:
-            hint = f"give it at least {MIN_MEMORY >> 20} MiB, for example --memory 256m"
-            found.append(Problem(f"{shape.memory_bytes >> 20} MiB of memory are too few for a virtual machine", hint))
-        if not 1 <= shape.vcpus <= MAX_VCPUS:
-            found.append(Problem(f"a virtual machine has 1 to {MAX_VCPUS} CPUs, not {shape.vcpus}", "--cpus 1"))
-        if translate.shares(plan) and share.program() is None:
+        found += validate.problems(plan)
+        if not found and translate.shares(plan) and share.program() is None:
             found.append(NO_VIRTIOFSD)
-        if isinstance(plan.rootfs, Layers):
-            found += _layer_problems(plan.rootfs)
-        return found + translate.problems(plan)
+        return found
 
     def create(self, plan: LaunchPlan, undo: Undo, by: Deadline, loop: Loop) -> VirtualMachine:
         problems = self.check(plan)
@@ -76,11 +67,3 @@ class VmDriver:
             (plan.run_dir / f"virtiofs-{tag}").unlink(missing_ok=True)
         shutil.rmtree(plan.run_dir / share.BINDS_TAG, ignore_errors=True)
         (plan.run_dir / CONSOLE_FILE).unlink(missing_ok=True)
-
-
-def _layer_problems(rootfs: Layers) -> list[Problem]:
-    for layer in rootfs.lowers:
-        if layer.form != "erofs":
-            hint = "apt-get install erofs-utils, then import the image again"
-            return [Problem(f"layer {layer.name} is a directory; a virtual machine needs EROFS layers", hint)]
-    return []

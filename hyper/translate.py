@@ -1,4 +1,4 @@
-"""From a launch plan to the words of the guest protocol, and what of a plan a VM cannot do. Values only."""
+"""From a launch plan to the words of the guest protocol. Values only; `validate.py` says what a VM cannot do."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import resource
 from pathlib import Path
 from typing import Any
 
-from ambi.core.driver import Problem
 from ambi.core.errors import InvalidRequest
 from ambi.core.model import VmShape
 from ambi.core.plan import Directory, LaunchPlan, Layers
@@ -117,7 +116,7 @@ def process(body: dict[str, Any], config: dict[str, Any], *, stdin: bool) -> Ite
     """The fields of PROCESS, of an OCI process object. Raises InvalidRequest for what it does not understand."""
     items: list[tuple[int, Value]] = [(ProcessTag.ARG, arg) for arg in body.get("args") or ()]
     if not items:
-        raise InvalidRequest("no command specified")
+        raise InvalidRequest("process.args is empty")
     items += [(ProcessTag.ENV, entry) for entry in body.get("env") or ()]
     items.append((ProcessTag.CWD, body.get("cwd") or "/"))
     items += _user(body.get("user") or {})
@@ -167,64 +166,6 @@ def _rlimit(entry: dict[str, Any]) -> Items:
     if not isinstance(number, int) or not entry["type"].startswith("RLIMIT_"):
         raise InvalidRequest(f"no resource limit is called {entry['type']}")
     return ((1, number), (2, entry["soft"]), (3, entry["hard"]))
-
-
-# What a plan may ask of a container and not of a VM: (path in config.json, what it is called).
-_UNSUPPORTED = (
-    (("hooks",), "OCI hooks"),
-    (("process", "apparmorProfile"), "an AppArmor profile"),
-    (("process", "selinuxLabel"), "an SELinux label"),
-    (("linux", "devices"), "host devices"),
-    (("linux", "intelRdt"), "Intel RDT"),
-    (("linux", "resources", "cpu", "cpus"), "a set of CPUs"),
-    (("linux", "resources", "cpu", "mems"), "a set of memory nodes"),
-    (("linux", "resources", "memory", "reservation"), "a memory reservation"),
-    (("linux", "resources", "memory", "disableOOMKiller"), "memory without the OOM killer"),
-    (("linux", "resources", "blockIO", "weight"), "a block I/O weight"),
-    (("linux", "resources", "blockIO", "throttleReadBpsDevice"), "block I/O limits"),
-    (("linux", "resources", "blockIO", "throttleWriteBpsDevice"), "block I/O limits"),
-    (("linux", "resources", "blockIO", "throttleReadIOPSDevice"), "block I/O limits"),
-    (("linux", "resources", "blockIO", "throttleWriteIOPSDevice"), "block I/O limits"),
-    (("linux", "resources", "hugepageLimits"), "limits of huge pages"),
-)
-_HINT = "run it as a container: --isolation container"
-
-
-def problems(plan: LaunchPlan) -> list[Problem]:
-    """What `plan` asks for that a VM does not do, from the plan alone."""
-    found = []
-    for path, name in _UNSUPPORTED:
-        value: Any = plan.config
-        for key in path:
-            value = (value or {}).get(key)
-        if value and Problem(f"a virtual machine does not support {name}", _HINT) not in found:
-            found.append(Problem(f"a virtual machine does not support {name}", _HINT))
-    return found + _namespace_problems(plan) + _propagation_problems(plan)
-
-
-def _namespace_problems(plan: LaunchPlan) -> list[Problem]:
-    given = {n["type"]: n.get("path") or "" for n in (plan.config.get("linux") or {}).get("namespaces") or ()}
-    found = []
-    for kind, name in (("network", "network"), ("pid", "PID"), ("ipc", "IPC"), ("uts", "UTS")):
-        if kind not in given:
-            found.append(
-                Problem(f"a virtual machine has a kernel of its own: it cannot use the host's {name} namespace", _HINT)
-            )
-    for kind, path in given.items():
-        if path:
-            found.append(Problem(f"a virtual machine cannot join the {kind} namespace {path}", _HINT))
-    if "user" in given:
-        found.append(Problem("a virtual machine does not support user namespaces", _HINT))
-    return found
-
-
-def _propagation_problems(plan: LaunchPlan) -> list[Problem]:
-    for mount in plan.config.get("mounts") or ():
-        if is_bind(mount) and {"shared", "rshared"} & set(mount.get("options") or ()):
-            return [
-                Problem(f"{mount['destination']}: mounts do not propagate between a virtual machine and its host", _HINT)
-            ]
-    return []
 
 
 def shares(plan: LaunchPlan) -> tuple[str, ...]:
