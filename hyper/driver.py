@@ -6,7 +6,7 @@ rights of its own, and dies with it; everything the host knows of the guest come
 
 from __future__ import annotations
 
-import shutil
+import os
 from typing import ClassVar
 
 from ambi.core.deadline import Deadline
@@ -65,5 +65,8 @@ class VmDriver:
         cgroup.remove()
         for tag in (share.ROOT_TAG, share.BINDS_TAG):
             (plan.run_dir / f"virtiofs-{tag}").unlink(missing_ok=True)
-        shutil.rmtree(plan.run_dir / share.BINDS_TAG, ignore_errors=True)
+        try:
+            os.rmdir(plan.run_dir / share.BINDS_TAG)
+        except OSError:  # never made
+            pass
         (plan.run_dir / CONSOLE_FILE).unlink(missing_ok=True)
