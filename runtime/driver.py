@@ -66,12 +66,6 @@ class ContainerDriver:
         if starter is not None:
             starter.discard()
 
-    def unpark(self) -> None:
-        """Remove what `park` made and `create` did not use."""
-        starter, self._starter = self._starter, None
-        if starter is not None:
-            starter.discard()
-
     def create(self, plan: LaunchPlan, undo: Undo, by: Deadline, loop: Loop) -> Container:
         problems = self.check(plan)
         if problems:

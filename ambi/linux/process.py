@@ -14,6 +14,7 @@ from typing import NamedTuple
 from ambi.linux.libc import libc, syscall
 
 # linux/sched.h
+CLONE_FS = 0x00000200
 CLONE_PARENT = 0x00008000
 CLONE_NEWTIME = 0x00000080
 CLONE_NEWNS = 0x00020000
