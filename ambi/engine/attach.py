@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ambi.core.deadline import Deadline
-from ambi.core.errors import AmbiError, Conflict
+from ambi.core.errors import AmbiError, Conflict, Unavailable
 from ambi.core.model import Status
 from ambi.engine import logs
 from ambi.engine.core import Core
@@ -57,16 +57,24 @@ def attach(core: Core, id: str, wanted: Attach, sock: socket.socket, pending: by
             core.changed.notify_all()
 
 
-def _hand_over(core: Core, record: Record, run: Run | None, wanted: Attach, sock: socket.socket, pending: bytes) -> None:
+def _hand_over(
+    core: Core, record: Record, run: Run | None, wanted: Attach, sock: socket.socket, pending: bytes
+) -> None:
+    """The client has its answer: whatever goes wrong from here on only ends its stream."""
     config = record.row.spec.config
-    if wanted.logs and (run is None or not run.started):
+    if wanted.logs and (run is None or not run.started or run.exit is not None):
         _replay(core, record, wanted, sock)
         wanted = wanted._replace(logs=False)
     if run is None or not (wanted.stream or wanted.logs):
         return
     stdin = wanted.stdin and bool(config.get("OpenStdin"))
     body = wire(wanted, stdin=stdin, tty=bool(config.get("Tty")), pending=pending)
-    run.connection.call("attach", fds=[sock.fileno()], by=Deadline.after(CALL_S), **body)
+    try:
+        run.connection.call("attach", fds=[sock.fileno()], by=Deadline.after(CALL_S), **body)
+    except (Conflict, Unavailable):  # the run has ended meanwhile, with nothing more to say than what is logged
+        if wanted.logs:
+            _replay(core, record, wanted, sock)
+        return
     core.publish(record, "attach")
 
 
