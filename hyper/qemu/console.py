@@ -1,4 +1,4 @@
-"""The last 64 KiB of what a guest's kernel and its VMM said, kept to explain how a VM ended."""
+"""The last 64 KiB of what a guest's kernel said, and of what its VMM did, kept to explain how a VM ended."""
 
 from __future__ import annotations
 
@@ -13,15 +13,16 @@ PAUSE_S = 0.2  # between reads: a guest that floods its console slows itself dow
 
 
 class Console:
-    """Reads descriptors (which it owns) into one bounded tail, at most READ_BYTES from each every PAUSE_S."""
+    """Reads the guest's serial port and the VMM's own output, at most READ_BYTES from each every PAUSE_S. Owns both."""
 
-    __slots__ = ("_fds", "_loop", "_tail")
+    __slots__ = ("_fds", "_loop", "_serial", "_tails")
 
-    def __init__(self, loop: Loop, fds: tuple[int, ...]) -> None:
+    def __init__(self, loop: Loop, serial: int, output: int) -> None:
         self._loop = loop
-        self._fds = set(fds)
-        self._tail = bytearray()
-        for fd in fds:
+        self._serial = serial
+        self._fds = {serial, output}
+        self._tails = {True: bytearray(), False: bytearray()}  # the guest's, the VMM's
+        for fd in (serial, output):
             os.set_blocking(fd, False)
             self._watch(fd)
 
@@ -45,12 +46,17 @@ class Console:
         if not data:
             self._drop(fd)
             return False
-        self.note(data)
+        self._keep(data, guest=fd == self._serial)
         return True
 
     def note(self, data: bytes) -> None:
-        self._tail += data
-        del self._tail[:-KEEP_BYTES]
+        """Add what the guest said in another way."""
+        self._keep(data, guest=True)
+
+    def _keep(self, data: bytes, *, guest: bool) -> None:
+        tail = self._tails[guest]
+        tail += data
+        del tail[:-KEEP_BYTES]
 
     def drain(self) -> None:
         """Read what is there now, bounded: for the last words of a VM that has ended."""
@@ -59,21 +65,25 @@ class Console:
                 if not self._read(fd):
                     break
 
-    def text(self) -> str:
-        """The tail, fit to be printed: control characters but for line ends and tabs are dots."""
-        text = self._tail.decode("utf-8", "replace").replace("\r\n", "\n")
-        return "".join(c if c.isprintable() or c in "\n\t" else "." for c in text)
+    def cause(self) -> str:
+        """What explains an end, one line: the kernel's panic, else the VMM's last word, else ""."""
+        panics = [line for line in self._lines(guest=True) if "Kernel panic" in line]
+        words = [line for line in self._lines(guest=False) if "warning:" not in line]
+        return (panics[:1] or words[-1:] or [""])[0]
 
     def last_line(self) -> str:
-        """What probably explains the end: the first line of a panic, else the last line that is not empty."""
-        lines = [line.strip() for line in self.text().splitlines() if line.strip()]
-        panics = [line for line in lines if "Kernel panic" in line]
-        return (panics or lines or [""])[-1][:300]
+        """The `cause`, else whatever the guest said last."""
+        return self.cause() or (self._lines(guest=True) or [""])[-1]
+
+    def _lines(self, *, guest: bool) -> list[str]:
+        """The lines of a tail that are not empty, cut to 300 characters and fit to be printed."""
+        lines = (line.strip() for line in self._tails[guest].decode("utf-8", "replace").splitlines())
+        return ["".join(c if c.isprintable() else "." for c in line[:300]) for line in lines if line]
 
     def save(self, path: Path) -> None:
-        """Write the tail to `path`, for whoever looks into a failure; an error is no matter here."""
+        """Write both tails to `path`, for whoever looks into a failure; an error is no matter here."""
         try:
-            path.write_bytes(self._tail)
+            path.write_bytes(self._tails[True] + self._tails[False])
         except OSError:
             pass
 

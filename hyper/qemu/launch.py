@@ -83,7 +83,7 @@ def _console(handles: Handles, undo: Undo, loop: Loop) -> tuple[int, int, Consol
     reader, output = os.pipe2(os.O_CLOEXEC)
     handles.add(output)
     serial, serial_fd = handles.socket_pair()
-    console = Console(loop, (serial.detach(), reader))
+    console = Console(loop, serial.detach(), reader)
     undo.add("close the console", console.close)
     return output, serial_fd, console
 

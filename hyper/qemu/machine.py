@@ -159,8 +159,8 @@ class VirtualMachine:
             vmm.kill()
         self._loop.unwatch(vmm.pidfd)
         self._parts.console.drain()
-        last = self._parts.console.last_line()
-        self._failure = reason if not last or self._deleted else f"{reason}: {last}"
+        cause = self._parts.console.cause()
+        self._failure = reason if not cause or self._deleted else f"{reason}: {cause}"
         if self.init.exit is None:
             self._keep_console()
         for process in (self.init, *self._execs.values()):

@@ -5,8 +5,8 @@
 
 Both boot the same kernel with the same accelerator, in turn. The bare one is `qemu-system-x86_64 -M microvm` with the kernel
 words known to be best and an initramfs that is one static program, which writes a line to the console: no agent, no disks,
-no modules. Ours is the driver: jail, cgroup, two disks, overlay, agent, and `echo` from an image of one layer. Reported are the
-medians, the minima and their ratios; ours is meant to stay below 1.2 times the bare one's.
+no modules. Ours is the driver: jail, cgroup, two disks, overlay, agent, and `echo` of a one-layer image. Printed are
+medians, minima and their ratios; ours is meant to stay below 1.2 times the bare one's.
 """
 
 from __future__ import annotations
