@@ -212,7 +212,13 @@ class Run:
 
     def exec(self, name: str, *args: str, stdin: bool = False, **options: Any) -> socket.socket:
         ours, theirs = self.pair()
-        process = {"args": list(args), "env": ["PATH=/usr/bin:/bin"], "cwd": "/", "user": {"uid": 0, "gid": 0}, "terminal": False}
+        process = {
+            "args": list(args),
+            "env": ["PATH=/usr/bin:/bin"],
+            "cwd": "/",
+            "user": {"uid": 0, "gid": 0},
+            "terminal": False,
+        }
         attach = {"stdin": stdin, "stdout": True, "stderr": True, **options}
         with theirs:
             self.call("exec", exec_id=name, process=process, stdin=stdin, attach=attach, fds=[theirs.fileno()])
@@ -227,6 +233,10 @@ class Run:
 
     def wait_closed(self) -> None:
         self._wait(lambda: self._ended or None, "the end of the connection")
+
+    def wait(self, holds: Callable[[], bool]) -> None:
+        """Until `holds()`, which looks at the events."""
+        self._wait(lambda: holds() or None, "what was waited for")
 
     def _wait(self, find: Callable[[], Any], what: str) -> Any:
         with self._news:
@@ -330,10 +340,11 @@ def read_all(sock: socket.socket) -> bytes:
 
 def unframe(data: bytes) -> dict[int, bytes]:
     """Docker's 8-byte frames, put together by stream."""
-    streams: dict[int, bytes] = {}
-    while data:
-        stream, length = struct.unpack(">BxxxI", data[:8])
-        streams[stream] = streams.get(stream, b"") + data[8 : 8 + length]
-        assert len(data) >= 8 + length, "half a frame"
-        data = data[8 + length :]
-    return streams
+    streams: dict[int, bytearray] = {}
+    at = 0
+    while at < len(data):
+        stream, length = struct.unpack_from(">BxxxI", data, at)
+        assert len(data) >= at + 8 + length, "half a frame"
+        streams.setdefault(stream, bytearray()).extend(data[at + 8 : at + 8 + length])
+        at += 8 + length
+    return {stream: bytes(parts) for stream, parts in streams.items()}

@@ -25,7 +25,8 @@ from ambi.core.errors import AmbiError, DeadlineExceeded, Unavailable, Unsupport
 from ambi.core.plan import LAUNCH_FILE, LaunchPlan
 from ambi.linux import unix
 from ambi.shim import record
-from ambi.shim.launch import SOCKET, ensure
+from ambi.shim.launch import connect as connect_zygote
+from ambi.shim.launch import ensure
 
 Event = dict[str, Any]
 SEND_SECONDS = 30.0  # how long a peer may leave its connection full
@@ -286,7 +287,8 @@ class ZygoteClient:
     def _exchange(self, request: dict[str, Any], fds: Iterable[int]) -> dict[str, Any]:
         """One request and its answer; OSError when there is no zygote or it ends meanwhile."""
         if self._sock is None:
-            self._sock = unix.connect(self.run_root / SOCKET, SEND_SECONDS)
+            self._sock = connect_zygote(self.run_root)
+            self._sock.settimeout(SEND_SECONDS)
         self._seq += 1
         unix.send(self._sock, {**request, "seq": self._seq}, fds)
         message = unix.receive(self._sock)

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import fcntl
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
-from ambi.core.errors import Unavailable
+from ambi.core.errors import AmbiError, Unavailable
 from ambi.linux import memfd, mount, unix
+from ambi.shim import record
 
 SOCKET = "zygote.sock"
 LOG = "zygote.log"
@@ -42,11 +44,35 @@ def ensure(run_root: Path) -> None:
 def answers(run_root: Path) -> bool:
     """Whether a zygote of this run root takes requests."""
     try:
-        with unix.connect(run_root / SOCKET, ANSWER_SECONDS) as sock:
-            unix.send(sock, {"op": "ping", "seq": 0})
-            return unix.receive(sock) is not None
+        connect(run_root).close()
     except OSError:
         return False
+    return True
+
+
+def connect(run_root: Path) -> socket.socket:
+    """A connection to the zygote of this run root, which has answered on it.
+
+    Raises OSError when there is none. One of another version of the protocol is told to end; its shims live on.
+    """
+    sock = unix.connect(run_root / SOCKET, ANSWER_SECONDS)
+    try:
+        unix.send(sock, {"op": "ping", "seq": 0})
+        message = unix.receive(sock)
+        if message is None:
+            raise ConnectionResetError("the zygote has closed the connection")
+        message.close()
+        if (message.body.get("ok") or {}).get("version") == record.VERSION:
+            return sock
+        unix.send(sock, {"op": "stop", "seq": 1})
+        unix.receive(sock)
+        raise ConnectionRefusedError("the zygote speaks another version of the protocol")
+    except AmbiError as error:
+        sock.close()
+        raise ConnectionRefusedError(f"the zygote cannot be understood: {error}") from error
+    except OSError:
+        sock.close()
+        raise
 
 
 def _start(run_root: Path) -> None:

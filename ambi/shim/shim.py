@@ -66,6 +66,7 @@ class Shim:
         self._size: tuple[int, int] | None = None
         self._execs: dict[str, Session] = {}
         self._past_execs: dict[str, tuple[int, ExitStatus]] = {}  # the last KEPT_EXECS that ended: pid and exit
+        self._oom_told = False
         self._slow: list[Hub] = []  # of ended execs that still have clients
         self._deletions: list[Request] = []
         self._todo: deque[Callable[[], None]] = deque()  # for the next turn, outside of a driver's calls
@@ -260,9 +261,22 @@ class Shim:
         if len(self._past_execs) > KEPT_EXECS:
             del self._past_execs[next(iter(self._past_execs))]
         self._slow = [hub for hub in (*self._slow, session.hub) if hub.clients]
+        self._tell_oom(session.exit)
         self.control.event({"event": "exec_exit", "exec_id": exec_id, "exit": session.exit._asdict()})
         if self._init is not None and self._init.finished and not self._execs:
             self._run_ended()
+
+    def _tell_oom(self, status: ExitStatus) -> None:
+        """Say once that the instance ran out of memory; an exec that was killed may be how it shows."""
+        oom = status.oom_killed
+        if not oom and status.code == 137 and self._phase == "running" and self._created is not None:
+            try:
+                oom = self._created.usage().oom_kills > 0
+            except AmbiError:  # init is gone, and its own status will tell
+                return
+        if oom and not self._oom_told:
+            self._oom_told = True
+            self.control.event({"event": "oom"})
 
     def _run_ended(self) -> None:
         if self._phase == "running" and self._init is not None and self._init.exit is not None:
@@ -279,6 +293,7 @@ class Shim:
         waiting = None
         if status is not None:
             status = leave.write_exit(self.spec.data_dir, status)
+            self._tell_oom(status)
             if not self.control.event({"event": "exit", "exit": status._asdict()}):
                 notice = leave.Notice(leave.Parting(self.spec.id, self.spec.run_root, self.spec.home), status)
                 waiting = notice if notice.send() else None

@@ -31,7 +31,7 @@ class ContainerLab(ShimLab):
         self.root.mkdir()
         subprocess.run(["tar", "-xf", tar, "-C", self.root], check=True)
 
-    def plan(self, *args: str, stdin: bool = False, terminal: bool = False, **_: Any) -> LaunchPlan:
+    def plan(self, *args: str, stdin: bool = False, terminal: bool = False, **more: Any) -> LaunchPlan:
         name = InstanceId(os.urandom(32).hex())
         data = self.base / "data" / name
         process = {"args": list(args), "env": ["PATH=/bin"], "cwd": "/", "user": {"uid": 0, "gid": 0}, "terminal": terminal}
@@ -43,9 +43,14 @@ class ContainerLab(ShimLab):
             "mounts": [
                 {"destination": "/proc", "type": "proc", "source": "proc"},
                 {"destination": "/dev", "type": "tmpfs", "source": "tmpfs", "options": ["nosuid", "mode=755"]},
-                {"destination": "/dev/pts", "type": "devpts", "source": "devpts", "options": ["newinstance", "ptmxmode=0666"]},
+                {
+                    "destination": "/dev/pts",
+                    "type": "devpts",
+                    "source": "devpts",
+                    "options": ["newinstance", "ptmxmode=0666"],
+                },
             ],
-            "linux": {"cgroupsPath": f"/ambi/{name}", "namespaces": [{"type": kind} for kind in NAMESPACES]},
+            "linux": {"cgroupsPath": f"/ambi/{name}", "namespaces": [{"type": kind} for kind in NAMESPACES], **more},
         }
         return LaunchPlan(
             id=name,
@@ -145,6 +150,16 @@ def test_a_shim_imports_nothing(lab: ContainerLab, tmp_path: Path) -> None:
     assert run.exit_code() == 2
     run.wait_closed()
     assert lab.log() == ""
+
+
+def test_running_out_of_memory_is_told_once(lab: ContainerLab) -> None:
+    run = lab.start("sleep", "60", resources={"memory": {"limit": 24 << 20, "swap": 24 << 20}})
+    for name in ("one", "two"):
+        read_all(run.exec(name, "sh", "-c", "tail /dev/zero"))
+    for name in ("one", "two"):
+        run.wait(lambda name=name: any(e.get("exec_id") == name for e in run.events))
+    assert [e["event"] for e in run.events] == ["oom", "exec_exit", "exec_exit"]
+    assert run.call("state")["execs"]["one"]["exit"]["code"] == 137
 
 
 def parked_groups() -> set[int]:

@@ -4,6 +4,7 @@ import base64
 import json
 import os
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -185,6 +186,37 @@ def test_a_stalled_client_stalls_nobody_and_loses_nothing(lab: ShimLab) -> None:
     assert not [p for p in run.plan.data_dir.iterdir() if "spool" in p.name]
     assert read_all(stalled) == b"x" * size
     wait_gone(left[0])
+
+
+def test_every_byte_arrives_everywhere(lab: ShimLab) -> None:
+    """Random bytes through stdin to stdout and stderr, with a second attacher, a stalled one and execs meanwhile."""
+    block, count = os.urandom(1 << 20), 16
+    run = lab.launch("tee", "/dev/stderr", stdin=True)
+    typist, second, stalled = run.attach(stdin=True, framed=True), run.attach(framed=True), run.attach(framed=True)
+    run.call("start")
+
+    def type_it() -> None:
+        for _ in range(count):
+            typist.sendall(block)
+        typist.shutdown(socket.SHUT_WR)
+
+    typing = threading.Thread(target=type_it)
+    results: dict[str, bytes] = {}
+    reading = threading.Thread(target=lambda: results.update(second=read_all(second)))
+    typing.start()
+    reading.start()
+    assert read_all(run.exec("e", "echo", "alive")) == b"alive\n"
+    want = {1: block * count, 2: block * count}
+    assert unframe(read_all(typist)) == want
+    typing.join()
+    reading.join()
+    assert unframe(results["second"]) == want
+    assert run.exit_code() == 0
+    assert unframe(read_all(stalled)) == want
+    written = {"stdout": bytearray(), "stderr": bytearray()}
+    for entry in logread.entries(run.plan.data_dir / "log"):
+        written[entry.stream] += entry.line
+    assert written["stdout"] == want[1] and written["stderr"] == want[2]
 
 
 def serves(pid: int, lab: ShimLab) -> bool:

@@ -208,6 +208,19 @@ def test_layers_do_not_show_on_the_host(zygote: ZygoteClient) -> None:
     assert str(zygote.run_root) not in Path("/proc/self/mountinfo").read_text()
 
 
+def test_one_of_another_version_is_replaced(short_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    zygote = ZygoteClient(short_tmp)
+    first = zygote.ping()["pid"]
+    zygote.close()
+    monkeypatch.setattr(launch.record, "VERSION", 0)
+    with pytest.raises(ConnectionRefusedError, match="another version"):
+        launch.connect(short_tmp)
+    wait_gone(first)
+    monkeypatch.undo()
+    assert zygote.ping()["pid"] != first
+    zygote.stop()
+
+
 def test_stop_leaves_shims_running(short_tmp: Path) -> None:
     lab = ShimLab(short_tmp)
     try:
