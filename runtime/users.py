@@ -14,7 +14,8 @@ _HIGHEST = (1 << 31) - 1  # docker's limit; the kernel reserves 2^32 - 1
 
 
 class Identity(NamedTuple):
-    """`home` is "" when the user is not in passwd."""
+    """`home` is "" when the user is not in passwd. `groups` has `gid` as well: else a process that changes its group would
+    escape what the group is denied (CVE-2022-36109)."""
 
     uid: int
     gid: int
@@ -43,13 +44,14 @@ def identify(root: int, user: dict[str, Any]) -> Identity:
     if not written:
         uid = user.get("uid") or 0
         home = next((p.home for p in people if p.uid == uid), "")
-        return Identity(uid, user.get("gid") or 0, extra, home)
+        gid = user.get("gid") or 0
+        return Identity(uid, gid, tuple(dict.fromkeys((*extra, gid))), home)
     name, _, group = written.partition(":")
     groups = _groups(root)
     person = _find_person(name, people)
     gid = _find_group(group, groups) if group else person.gid
     memberships = () if group or not person.name else tuple(g.gid for g in groups if person.name in g.members)
-    return Identity(person.uid, gid, tuple(dict.fromkeys((*memberships, *extra))), person.home)
+    return Identity(person.uid, gid, tuple(dict.fromkeys((*memberships, *extra, gid))), person.home)
 
 
 def _find_person(written: str, people: list[_Person]) -> _Person:

@@ -92,7 +92,10 @@ def restart(call: Call) -> Reply:
 
 
 def kill(call: Call) -> Reply:
-    call.engine.kill(call.name, call.query.text("signal") or None)
+    try:
+        call.engine.kill(call.name, call.query.text("signal") or None)
+    except NotFound as error:
+        raise NotFound(f"Cannot kill container: {call.name}: {error}", hint=error.hint) from error
     return NO_CONTENT
 
 

@@ -46,7 +46,7 @@ def _log_query(query: Query) -> LogQuery:
         follow=query.flag("follow"),
         tail=None if lines is None or lines < 0 else lines,
         since_ns=query.time_ns("since"),
-        until_ns=query.time_ns("until"),
+        until_ns=query.time_ns("until") or None,  # 0 is no bound
     )
 
 

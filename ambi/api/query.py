@@ -61,9 +61,9 @@ class Query:
             raise InvalidRequest(f"{name}={value!r} is not a whole number") from error
 
     def time_ns(self, name: str) -> int | None:
-        """A point in time as `SECONDS[.FRACTION]` since the epoch, in nanoseconds; None when it is not given or 0."""
+        """A point in time as `SECONDS[.FRACTION]` since the epoch, in nanoseconds; None when it is not given."""
         value = self.text(name).strip()
-        if not value or value == "0":
+        if not value:
             return None
         seconds, _, fraction = value.partition(".")
         digits = fraction[:9].ljust(9, "0")

@@ -214,7 +214,10 @@ def rename(core: Core, id: str, name: str) -> None:
         old, new = record.name, names.checked(name)
         if new == old:
             raise InvalidRequest("Renaming a container with the same name as its current name")
-        core.registry.reserve(new, record.id)
+        try:
+            core.registry.reserve(new, record.id)
+        except Conflict as error:
+            raise Conflict(f"Error when allocating new name: {error}", hint=error.hint) from error
         try:
             row = record.row._replace(name=new)
             write_record(core.roots.instance_data(record.id), row)

@@ -18,11 +18,10 @@ _LIMIT = 1 << 20
 
 def build(config: Body, host: Body) -> dict[str, str]:
     """Path inside to content."""
-    name, domain = config.text("Hostname"), config.text("Domainname")
     shared = host.text("NetworkMode") == "host"
     hosts = (_read("/etc/hosts") if shared else None) or _LOCALHOST
     return {
-        "/etc/hostname": (f"{name}.{domain}" if domain else name) + "\n",
+        "/etc/hostname": config.text("Hostname") + "\n",  # without the domain, as Docker has it
         "/etc/hosts": hosts + "".join(_extra_host(item) for item in host.strings("ExtraHosts")),
         "/etc/resolv.conf": _resolv(host),
     }

@@ -151,7 +151,7 @@ def test_flags_numbers_and_times() -> None:
     query = Query("a=1&b=0&c=&d=false&e=True&n=12&t=1700000000.25&neg=-1.5&z=0")
     assert [query.flag(name) for name in "abcdex"] == [True, False, False, False, True, False]
     assert query.flag("x", default=True) and query.number("n") == 12 and query.number("x") is None
-    assert query.time_ns("t") == 1_700_000_000_250_000_000 and query.time_ns("x") is None and query.time_ns("z") is None
+    assert query.time_ns("t") == 1_700_000_000_250_000_000 and query.time_ns("x") is None and query.time_ns("z") == 0
     assert query.time_ns("neg") == -1_500_000_000
     for text in ("t=x", "t=1e5", "t=1.2.3", "t=²"):
         with pytest.raises(InvalidRequest):

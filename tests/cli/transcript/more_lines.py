@@ -20,7 +20,7 @@ EXEC = (
 )
 
 INSIDE = (
-    line("environment", "{run} --rm -e A=1 -e B= --hostname h1 box env"),
+    line("environment", "{run} --rm -e A=1 -e B= --hostname h1 box sh -c 'env | sort'"),
     line("hostname", "{run} --rm --hostname h1 --domainname d.example box sh -c 'hostname; cat /etc/hostname'"),
     line("hosts", "{run} --rm --hostname h1 --add-host x:10.0.0.9 box sh -c 'grep -v ^ff /etc/hosts | grep -v ^fe'"),
     line("resolver", "{run} --rm --dns 10.1.1.1 --dns-search a.example --dns-option ndots:2 box grep -v ^# /etc/resolv.conf"),
@@ -80,7 +80,7 @@ IMAGES = (
          "inspect --type image -f '{{json .RepoTags}} {{.Os}} {{.Architecture}} {{json .Config.Cmd}}' box", "rmi nothing:here"),
     line("image-in-use", "rmi box"),
     line("load-garbage", Run("load", stdin=b"this is no archive")),
-    line("import", Run("import -c 'CMD [\"echo\", \"imported\"]' - imported:1", stdin=b""), "rmi imported:1"),
+    line("import", Run("import -c 'CMD [\"echo\", \"imported\"]' - imported:1", stdin=bytes(10240)), "rmi imported:1"),
 )  # fmt: skip
 
 MORE: tuple[Line, ...] = (*EXEC, *INSIDE, *LOGS, *LISTS, *IMAGES)
