@@ -29,7 +29,7 @@ class RawClient:
     def send(self, method: str, path: str, body: Any = None, headers: str = "") -> None:
         data = b"" if body is None else json.dumps(body).encode()
         kind = "Content-Type: application/json\r\n" if body is not None else ""
-        head = f"{method} /v1.44{path} HTTP/1.1\r\nHost: docker\r\n{kind}{headers}Content-Length: {len(data)}\r\n\r\n"
+        head = f"{method} /v1.41{path} HTTP/1.1\r\nHost: docker\r\n{kind}{headers}Content-Length: {len(data)}\r\n\r\n"
         self.socket.sendall(head.encode() + data)
 
     def head(self) -> tuple[int, dict[str, str]]:
