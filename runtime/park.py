@@ -36,7 +36,8 @@ class Starter:
 
     @classmethod
     def make(cls, hierarchies: Hierarchies) -> Starter:
-        """Fork one; OSError when the cgroups cannot be made."""
+        """Fork one, and remove what killed ones have left; OSError when the cgroups cannot be made."""
+        cls.sweep(hierarchies, PARENT)
         group = V1Group(hierarchies, PARENT / f"{_PREFIX}{os.getpid()}")
         group.make()
         ours, theirs = spawn.Channel.pair()
@@ -83,7 +84,7 @@ class Starter:
         """End it and remove its cgroups."""
         self.close()
         try:
-            self._group.remove(Deadline.after(1))
+            self._group.remove(Deadline.after(3))
         except AmbiError:  # sweep will
             pass
 

@@ -23,6 +23,7 @@ from ambi.shim import drivers, parking, record, shim
 
 MAX_CONNECTIONS = 64  # of engines; there is one, and whoever looks at us with a test
 PARKED_ISOLATION = "container"
+PARK_RETRY_SECONDS = 2.0  # after one has died; its successor removes what it left
 PARK_AGAIN_SECONDS = 0.03  # after a spawn: not in the way of the start that it was for
 SPAWN_FIELDS = ("id", "isolation", "data_dir", "run_dir", "run_root")
 
@@ -75,6 +76,7 @@ class Zygote:
             if self._parked is not None and self._parked.pid == pid:
                 self._parked.close()
                 self._parked = None
+                self._loop.later(PARK_RETRY_SECONDS, self._park)
             if status != 0:
                 report(f"shim {pid} ended with {os.waitstatus_to_exitcode(status)}")
 

@@ -192,10 +192,14 @@ def test_the_parked_shim_is_the_next_one(lab: ContainerLab) -> None:
     wait_gone(second)
     assert lab.start("true").exit_code() == 0, "one that has died is not missed"
     third = wait_for(parked)[0]
+    os.kill(third, signal.SIGKILL)
+    wait_gone(third)
+    third = wait_for(parked)[0]
+    assert second not in parked_groups(), "its successor removes what a killed one left"
     client.ZygoteClient(lab.run_root).stop()
     wait_gone(third)
     assert state(zygote) in ("gone", "Z") or wait_gone(zygote) is None
-    assert not {first, third} & parked_groups(), "what it had prepared is gone with it"
+    assert not {first, third} & parked_groups(), lab.log()
 
 
 def wait_for(find: Any) -> Any:
