@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import time
+from typing import Any
 
 from ambi.api import containers, image_shapes, instance_shapes
 from ambi.api.exchange import API_VERSION, COMMON_HEADERS, MIN_API_VERSION, Call, Reply, json_reply
@@ -12,6 +13,8 @@ from ambi.api.router import Route
 from ambi.api.stats import host_memory_bytes
 from ambi.api.words import rfc3339_nano
 from ambi.core.errors import NotFound, Unavailable, Unsupported
+from ambi.core.model import Isolation
+from ambi.shim import drivers
 
 _PING_HEADERS = (
     *COMMON_HEADERS,
@@ -84,7 +87,7 @@ def info(call: Call) -> Reply:
         "Labels": [],
         "ExperimentalBuild": False,
         "ServerVersion": it.version,
-        "Runtimes": {"container": {"path": "container"}, "vm": {"path": "vm"}},
+        "Runtimes": {name.value: _runtime(name) for name in Isolation},
         "DefaultRuntime": "container",
         "Swarm": {"NodeID": "", "NodeAddr": "", "LocalNodeState": "inactive", "ControlAvailable": False, "Error": "",
                   "RemoteManagers": None},
@@ -97,6 +100,13 @@ def info(call: Call) -> Reply:
         "SecurityOptions": ["name=seccomp,profile=builtin"],
         "Warnings": None,
     })  # fmt: skip
+
+
+def _runtime(isolation: Isolation) -> dict[str, Any]:
+    """Docker's Runtime; `status` is what the driver tells of this host, a VM's accelerator for one."""
+    features = drivers.load(isolation.value).probe()
+    status = {"problem": features.problem.message} if features.problem else features.details
+    return {"path": isolation.value, "status": status}
 
 
 def _operating_system() -> str:
