@@ -17,7 +17,7 @@ import threading
 import time
 from pathlib import Path
 
-from ambi.core.errors import AmbiError
+from ambi.core.errors import AmbiError, InvalidRequest, Unavailable
 from ambi.core.model import ExecId, ExitStatus, Status
 from ambi.core.plan import LaunchPlan
 from ambi.engine import lifecycle
@@ -99,25 +99,31 @@ def _restore_run(core: Core, record: Record) -> None:
         return
     run_dir = core.roots.instance_run(record.id)
     run = core.shims.adopt(record) if run_dir.exists() else None
-    if run is None:
-        status = _last_exit(core, record)
-        if recorded or run_dir.exists():
-            core.shims.sweep(record.id)
-        if recorded:
-            _end(core, record, status or ExitStatus(137, KILLED_WITH_SHIM, finished_ns=time.time_ns()))
+    if run is not None:
+        _take_over(core, record, run)
         return
-    _take_over(core, record, run)
+    status = _unseen_exit(core, record)
+    if recorded or run_dir.exists():
+        core.shims.sweep(record.id)
+    if recorded or status is not None:
+        _end(core, record, status or ExitStatus(137, KILLED_WITH_SHIM, finished_ns=time.time_ns()))
 
 
-def _last_exit(core: Core, record: Record) -> ExitStatus | None:
-    """exit.json of the run that the record speaks of; an older one has been removed before the run was started."""
-    return leave.read_exit(core.roots.instance_data(record.id))
+def _unseen_exit(core: Core, record: Record) -> ExitStatus | None:
+    """exit.json, when it tells of an end that the record does not know; the one of an earlier run goes at each start."""
+    status = leave.read_exit(core.roots.instance_data(record.id))
+    return status if status is not None and status.finished_ns > record.state.finished_ns else None
 
 
 def _take_over(core: Core, record: Record, run: Run) -> None:
     """A shim that lives: find out how far it is. The engine may have died between a start and its record."""
-    state = run.connection.call("state", by=lifecycle.soon())
-    status = _last_exit(core, record)
+    status = _unseen_exit(core, record)
+    run.started = record.state.running or status is not None
+    try:
+        state = run.connection.call("state", by=lifecycle.soon())
+    except (Unavailable, InvalidRequest) as error:
+        log.info("%s: its shim ends: %s", record.id[:12], error)
+        return  # the end of its connection accounts for the rest
     with core.mutex:
         if state["status"] == Status.CREATED.value:
             return  # only attached to; the next start uses it
@@ -127,14 +133,12 @@ def _take_over(core: Core, record: Record, run: Run) -> None:
             )
             core.set_state(record, started)
         run.started = True
-        pending = run.exit or status
-        run.exit = pending
         for exec_id, about in (state.get("execs") or {}).items():
             item = record.execs.get(ExecId(exec_id))
             if item is not None:
                 item.started, item.pid = True, int(about.get("pid") or 0)
-        if pending is not None:
-            core.record_exit(record, pending)
+        run.exit = run.exit or status
+        core.finish(record, run)
 
 
 def _end(core: Core, record: Record, status: ExitStatus) -> None:

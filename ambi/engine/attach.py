@@ -57,9 +57,7 @@ def attach(core: Core, id: str, wanted: Attach, sock: socket.socket, pending: by
             core.changed.notify_all()
 
 
-def _hand_over(
-    core: Core, record: Record, run: Run | None, wanted: Attach, sock: socket.socket, pending: bytes
-) -> None:
+def _hand_over(core: Core, record: Record, run: Run | None, wanted: Attach, sock: socket.socket, pending: bytes) -> None:
     """The client has its answer: whatever goes wrong from here on only ends its stream."""
     config = record.row.spec.config
     if wanted.logs and (run is None or not run.started or run.exit is not None):

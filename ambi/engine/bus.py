@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import queue
 import threading
 import time
@@ -9,10 +10,12 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from ambi.core.errors import InvalidRequest
+from ambi.core.errors import AmbiError, InvalidRequest
 from ambi.engine.filters import Filters
 from ambi.engine.state import StateDb
 from ambi.engine.types import Event
+
+log = logging.getLogger(__name__)
 
 _KEYS = frozenset(("type", "event", "container", "image", "label", "volume", "network", "daemon", "scope"))
 _TICK_S = 1.0
@@ -30,7 +33,10 @@ class EventBus:
     def publish(self, kind: str, action: str, actor: str, attributes: dict[str, str]) -> None:
         with self._lock:
             event = Event(time.time_ns(), kind, action, actor, attributes)
-            self._db.add_event(event)
+            try:
+                self._db.add_event(event)
+            except AmbiError as error:  # who follows sees it all the same
+                log.error("event %s of %s is not stored: %s", action, actor[:12], error)
             for stream in self._streams:
                 stream.offer(event)
 

@@ -13,7 +13,7 @@ from ambi.core.errors import AmbiError
 from ambi.core.model import ExitStatus, Status
 from ambi.core.roots import Roots
 from ambi.engine.bus import EventBus, attributes_of
-from ambi.engine.records import Record, Registry, Run
+from ambi.engine.records import ExecRecord, Record, Registry, Run
 from ambi.engine.state import StateDb
 from ambi.engine.types import State
 
@@ -61,8 +61,18 @@ class Core:
     def set_state(self, record: Record, state: State) -> None:
         """Store and show `state`. With the mutex held."""
         record.state = state
-        self.db.set_state(record.id, state, self.boot_id)
+        try:
+            self.db.set_state(record.id, state, self.boot_id)
+        except AmbiError as error:  # it is true all the same, and exit.json tells the next engine
+            log.error("%s: state %s is not stored: %s", record.id[:12], state.status.value, error)
         self.changed.notify_all()
+
+    def store_exec(self, item: ExecRecord) -> None:
+        """With the mutex held."""
+        try:
+            self.db.set_exec(item.id, item.pid, item.exit_code)
+        except AmbiError as error:
+            log.error("exec %s: its end is not stored: %s", item.id[:12], error)
 
     def settle(self, record: Record, condition: str, status: ExitStatus) -> None:
         """Answer the tickets of `record` that wait for `condition`. With the mutex held."""
@@ -79,8 +89,13 @@ class Core:
         with self.mutex:
             if run.exit is None:
                 run.exit = status
-                if run.started:  # else `start` is still on its way, and goes on from here
-                    self.record_exit(record, status)
+                self.finish(record, run)
+
+    def finish(self, record: Record, run: Run) -> None:
+        """Record the end of `run` once both its start and its end are known. With the mutex held."""
+        if run.started and run.exit is not None and not run.recorded:
+            run.recorded = True
+            self.record_exit(record, run.exit)
 
     def record_exit(self, record: Record, status: ExitStatus) -> None:
         """The state, the events and the waiters of an exit. With the mutex held, once a run."""
@@ -96,7 +111,7 @@ class Core:
         for item in record.execs.values():
             if item.started and item.exit_code is None:
                 item.exit_code = 137
-                self.db.set_exec(item.id, item.pid, 137)
+                self.store_exec(item)
         self.set_state(record, state)
         if status.oom_killed:
             self.tell_oom(record)

@@ -87,7 +87,7 @@ def start(core: Core, exec_id: str, wanted: StartRequest) -> None:
     try:
         answer = run.connection.call("exec", fds=fds, by=Deadline.after(EXEC_S), **request)
     except AmbiError as error:
-        code = error.exit_status if error.exit_status in (126, 127) else 128
+        code = 127 if error.exit_status == 127 else 126
         ended(core, record, item.id, 137 if isinstance(error, Unavailable) else code)
         raise
     with core.mutex:
@@ -147,7 +147,7 @@ def ended(core: Core, record: Record, exec_id: str, code: int) -> None:
         if item is None or item.exit_code is not None:
             return
         item.exit_code = code
-        core.db.set_exec(item.id, item.pid, code)
+        core.store_exec(item)
         core.publish(record, "exec_die", execID=item.id, exitCode=str(code))
 
 

@@ -84,8 +84,7 @@ def _start(core: Core, record: Record) -> None:
         core.set_state(record, state)
         core.publish(record, "start")
         run.started = True
-        if run.exit is not None:
-            core.record_exit(record, run.exit)
+        core.finish(record, run)
 
 
 def _layers(core: Core, record: Record) -> Layers:
@@ -157,10 +156,13 @@ def _stop(core: Core, record: Record, timeout_s: float | None, number: int | Non
 
 def _wait_killed(core: Core, record: Record, run: Run | None) -> None:
     """After SIGKILL: an init that does not go, or a shim that does not tell, is ended with its shim."""
-    if core.wait_for(lambda: not record.state.running or record.run is not run, Deadline.after(KILL_S)):
+    patience = Deadline.after(KILL_S if run is not None else 0)
+    if core.wait_for(lambda: not record.state.running or record.run is not run, patience):
         return
     if run is not None:
         core.shims.end(record, run)
+    else:
+        core.shims.account(record)
     if not core.wait_for(lambda: not record.state.running, Deadline.after(KILL_S)):
         raise Unavailable(f"container {record.id}: tried to kill it, but did not receive an exit event")
 

@@ -20,15 +20,17 @@ class Run:
     """One shim, from its birth to the end of its connection. Changed under the engine's mutex.
 
     starting: a start is on its way. started: init runs or ran, and is recorded so. failed: the start failed. exit: how init
-    ended, known before `gone`. gone: the connection has ended, what the kernel held of the instance is free.
+    ended, known before `gone`. recorded: so is its end. gone: the connection has ended, and what the kernel held of the
+    instance is free.
     """
 
-    __slots__ = ("connection", "exit", "failed", "gone", "started", "starting")
+    __slots__ = ("connection", "exit", "failed", "gone", "recorded", "started", "starting")
 
     connection: ShimConnection
 
     def __init__(self) -> None:
         self.failed = False
+        self.recorded = False
         self.starting = False
         self.started = False
         self.exit: ExitStatus | None = None

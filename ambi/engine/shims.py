@@ -153,6 +153,16 @@ class Shims:
         if not run.gone.wait(_START_OUTCOME_S):
             raise Unavailable(f"container {record.id}: its shim is dead, but what it left could not be removed")
 
+    def account(self, record: Record) -> None:
+        """End a run that this engine has no connection to: one of a shim of another version, above all."""
+        self.kill_shim(record.id)
+        status = leave.read_exit(self._core.roots.instance_data(record.id))
+        self.sweep(record.id)
+        with self._core.mutex:
+            if record.state.running and record.run is None:
+                reason = status or ExitStatus(137, KILLED_WITH_SHIM, finished_ns=time.time_ns())
+                self._core.record_exit(record, reason)
+
     def kill_shim(self, id: str, *, grace_s: float = 0.0) -> None:
         """SIGKILL for the process in shim.json, if it is still that process after `grace_s`; returns when it is dead."""
         found = shim_record.read(self._core.roots.instance_run(id))

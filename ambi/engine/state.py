@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ambi.core.errors import Corrupt, Unsupported
+from ambi.core.errors import AmbiError, Corrupt, Internal, StorageFull, Unsupported
 from ambi.core.model import IdMap, IdRange, InstanceId, Isolation, Status, Workload
 from ambi.engine.types import CreateSpec, Event, State
 
@@ -129,8 +129,12 @@ class StateDb:
             self._db.close()
 
     def _write(self, sql: str, values: tuple[object, ...]) -> None:
+        """Raises StorageFull or Internal."""
         with self._lock:
-            self._db.execute(sql, values)
+            try:
+                self._db.execute(sql, values)
+            except sqlite3.OperationalError as error:
+                raise _failure(error) from error
 
     def meta(self, key: str, default: Callable[[], str]) -> str:
         """The stored value of `key`; `default()` is stored when there is none."""
@@ -199,8 +203,8 @@ class StateDb:
     def add_event(self, event: Event) -> None:
         """Append to the ring, which keeps between EVENTS_KEPT and twice as many."""
         values = (event.time_ns, event.type, event.action, event.actor_id, dumps(event.attributes))
+        self._write("INSERT INTO events (time_ns, type, action, actor, attributes) VALUES (?,?,?,?,?)", values)
         with self._lock:
-            self._db.execute("INSERT INTO events (time_ns, type, action, actor, attributes) VALUES (?,?,?,?,?)", values)
             self._events += 1
             if self._events >= 2 * EVENTS_KEPT:
                 self._db.execute("DELETE FROM events WHERE seq <= (SELECT MAX(seq) FROM events) - ?", (EVENTS_KEPT,))
@@ -213,6 +217,15 @@ class StateDb:
                 "SELECT time_ns, type, action, actor, attributes FROM events WHERE time_ns >= ? ORDER BY seq", (since_ns,)
             ).fetchall()
         return (Event(r[0], r[1], r[2], r[3], json.loads(r[4])) for r in rows)
+
+
+def _failure(error: sqlite3.OperationalError) -> AmbiError:
+    if error.sqlite_errorcode == sqlite3.SQLITE_FULL:
+        return StorageFull(
+            "state database: no space left on device",
+            hint="free space: `ambi system df` shows what uses it, `ambi image rm` removes images",
+        )
+    return Internal(f"state database: {error}")
 
 
 def _row(c: tuple[Any, ...]) -> Row:

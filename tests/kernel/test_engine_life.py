@@ -470,3 +470,30 @@ def test_the_process_is_refused_a_second_time_and_ends_on_sigterm(
     assert first.process.wait(SECONDS) == 0
     assert not first.socket.exists()
     assert shutil.which("docker") is None or first.docker("ps").returncode != 0
+
+
+def test_a_shim_that_finds_no_engine_starts_one(new_engine: Callable[..., EngineUnderTest], busybox_tar: Path) -> None:
+    engine = new_engine()
+    engine.load_busybox(busybox_tar)
+    names = {"ended": "sleep 1; exit 4", "runs": "sleep 1000"}
+    for name, script in names.items():
+        done = engine.docker("run", "-d", "--name", name, "--network", "none", "busybox", "/bin/sh", "-c", script)
+        assert done.returncode == 0, done.stderr
+    engine.kill()
+    engine.wait_ready()
+    successor = int((engine.run / "engine.lock").read_text())
+    try:
+        states = engine.docker("inspect", "-f", "{{.State.Status}} {{.State.ExitCode}}", "ended", "runs").stdout
+        assert states.split() == [b"exited", b"4", b"running", b"0"]
+        assert engine.docker("rm", "-f", "ended", "runs").returncode == 0
+    finally:
+        os.kill(successor, signal.SIGTERM)
+    until(lambda: status_of(successor) == "Z", "the end of the successor")
+
+
+def status_of(pid: int) -> str:
+    """The state letter of a process, Z for one that is gone."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return "Z"
