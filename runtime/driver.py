@@ -14,8 +14,8 @@ from ambi.core.loop import Loop
 from ambi.core.model import Isolation
 from ambi.core.plan import LaunchPlan
 from ambi.core.undo import Undo
-from ambi.linux import paths, process, seccomp
-from runtime import cgroups, devices, features, init, rootfs, spawn, validate
+from ambi.linux import paths, process
+from runtime import cgroups, devices, features, filters, init, rootfs, spawn, validate
 from runtime.cgroups.v1 import Group, V1Group
 from runtime.container import (
     Container,
@@ -27,11 +27,9 @@ from runtime.container import (
     remove_files,
     terminal_streams,
 )
-from runtime.finish import Filter
 from runtime.park import Starter
 
 _SWEEP_S = 5.0
-_NO_PROGRAM = Filter(b"", 0)
 
 
 class ContainerDriver:
@@ -54,6 +52,7 @@ class ContainerDriver:
         run_dir: the run root, unused here but for naming nothing below it. Failing is no error: create does without.
         """
         del run_dir
+        filters.warm()
         if self._starter is None and cgroups.hierarchies().v1:
             try:
                 self._starter = Starter.make(cgroups.hierarchies())
@@ -97,8 +96,7 @@ class ContainerDriver:
         undo.add("close the channel", ours.close)
         undo.add("end init", lambda: end_child(pidfd))
         undo.add("kill the rest", group.kill)
-        profile = plan.config["linux"].get("seccomp")
-        program = Filter(seccomp.compile(profile), seccomp.flags_of(profile)) if profile else _NO_PROGRAM
+        program = filters.program_of(plan.config["linux"].get("seccomp"))
         _, fds = spawn.expect(ours, "ready", by, "preparing the container")
         streams = stdio.streams if stdio else terminal_streams(fds)
         if stdio is None:

@@ -53,7 +53,13 @@ def compile(rules: Sequence[DeviceRule]) -> bytes:
     ]  # fmt: skip
     for rule in reversed(rules):
         program += _one(rule)
+        if _fits_all(rule):  # what comes after it would be unreachable, which the kernel refuses
+            return b"".join(program)
     return b"".join([*program, _instruction(_MOV_IMM, 0, value=0), _instruction(_EXIT)])
+
+
+def _fits_all(rule: DeviceRule) -> bool:
+    return rule.kind not in _TYPES and rule.major is None and rule.minor is None and set(rule.access) == set(_ACCESS)
 
 
 def _one(rule: DeviceRule) -> list[bytes]:
