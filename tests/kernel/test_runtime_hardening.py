@@ -132,7 +132,7 @@ def test_nothing_is_imported_inside(rig: Rig, monkeypatch: pytest.MonkeyPatch) -
         return colorsys
 
     monkeypatch.setattr(users, "identify", identify)
-    with pytest.raises(Internal, match="colorsys|sys.meta_path is empty"), rig.started(["true"]):
+    with pytest.raises(Internal, match=r"colorsys|sys\.meta_path is empty"), rig.started(["true"]):
         pass
 
 
