@@ -111,6 +111,15 @@ def test_initramfs_of_a_kernel_directory(tmp_path: Path) -> None:
     assert sorted(path.name for path in directory.iterdir()) == [made.name, "modules"]
 
 
+def test_signatures_of_modules_are_left_out() -> None:
+    signature = bytes(range(100))
+    record = bytes(8) + struct.pack(">I", len(signature))
+    magic = b"~Module signature appended~\n"
+    assert initramfs.without_signature(b"code" + signature + record + magic) == b"code"
+    for module in (b"code", magic, b"x" + bytes(12) + magic, b"code" + bytes(8) + b"\xff\xff\xff\xff" + magic):
+        assert initramfs.without_signature(module) == module
+
+
 @pytest.mark.parametrize("compress", [gzip.compress, lzma.compress])
 def test_vmlinux_out_of_a_bzimage(compress: object) -> None:
     assert callable(compress)
