@@ -110,6 +110,7 @@ def _serve(roots: Roots, stop: threading.Event) -> None:
             roots.socket.unlink(missing_ok=True)
     finally:
         engine.close()
+        _remove_cgroup()
         log.info("ended")
 
 
@@ -278,16 +279,30 @@ def _await_service(roots: Roots, output: int) -> int:
     return 125
 
 
-def _leave_cgroup() -> None:
-    """Move to a cgroup of our own in the hierarchy by which systemd ends sessions and services.
+# In the hierarchies by which systemd ends sessions and services; the resource controllers of cgroup v1 stay as they are.
+_CGROUP_ROOTS = (Path("/sys/fs/cgroup"), Path("/sys/fs/cgroup/systemd"), Path("/sys/fs/cgroup/unified"))
 
-    The resource controllers of cgroup v1 stay as they are.
-    """
-    for root in (Path("/sys/fs/cgroup"), Path("/sys/fs/cgroup/systemd"), Path("/sys/fs/cgroup/unified")):
+
+def _leave_cgroup() -> None:
+    """Move to a cgroup of our own, so that the end of the caller's session or service does not end the engine."""
+    for root in _CGROUP_ROOTS:
         own = root / "ambi" / "engine"
         try:
             if (root / "cgroup.procs").exists():
                 own.mkdir(parents=True, exist_ok=True)
                 (own / "cgroup.procs").write_text(str(os.getpid()))
         except OSError:  # not ours to make, or it takes no processes
+            continue
+
+
+def _remove_cgroup() -> None:
+    """Undo `_leave_cgroup` at the end of the engine. It stays while shims are in it, whose engine was started so."""
+    for root in _CGROUP_ROOTS:
+        own = root / "ambi" / "engine"
+        try:
+            if str(os.getpid()) in (own / "cgroup.procs").read_text().split():
+                (root / "cgroup.procs").write_text(str(os.getpid()))
+                own.rmdir()
+                own.parent.rmdir()
+        except OSError:
             continue

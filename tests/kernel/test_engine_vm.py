@@ -1,0 +1,146 @@
+"""The same promises of the engine for a VM as for a container, with the same calls."""
+
+import os
+import shutil
+import signal
+import socket
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from ambi.core.deadline import Deadline
+from ambi.core.errors import CommandNotFound, InvalidRequest, Unsupported
+from ambi.core.model import Isolation, Status
+from ambi.core.roots import Roots
+from ambi.engine.types import Attach, CreateSpec
+from ambi.shim import client
+from tests.harness import guest_dir
+from tests.kernel.test_engine_life import Opened, attached, created, output, read_all, shim_pid, until
+
+pytestmark = pytest.mark.needs("qemu")
+
+
+@pytest.fixture(scope="module")
+def opened(busybox_tar: Path) -> Iterator[Opened]:
+    base = Path(tempfile.mkdtemp(prefix="ambi-", dir="/tmp"))
+    roots = Roots.of(base / "data", base / "run", base / "run" / "ambi.sock")
+    for path in (roots.data, roots.run):
+        path.mkdir(mode=0o711)
+    roots.guest.symlink_to(guest_dir())
+    opened = Opened(roots)
+    with open(busybox_tar, "rb") as source:
+        opened.engine.images.import_tar(source, "busybox", changes=["ENV PATH=/bin:/usr/bin"])
+    yield opened
+    for instance in opened.engine.list(all=True, filters={}):
+        opened.engine.remove(instance.id, force=True)
+    opened.engine.close()
+    client.ZygoteClient(roots.run).stop()
+    shutil.rmtree(base)
+
+
+@pytest.fixture(params=["container", "vm"])
+def runtime(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def slow() -> Deadline:
+    return Deadline.after(120)
+
+
+def test_the_same_run(opened: Opened, runtime: str) -> None:
+    script = "id -un; hostname; cat /etc/hostname; echo $A; exit 3"
+    config = {"Image": "busybox", "Cmd": ["sh", "-c", script], "User": "alice", "Hostname": "box", "Env": ["A=b"]}
+    id, _ = opened.engine.create(None, CreateSpec(config, {"NetworkMode": "none", "Runtime": runtime}, {}))
+    assert opened.engine.get(id).isolation is Isolation(runtime)
+    ticket = opened.engine.wait(id, "next-exit")
+    opened.engine.start(id)
+    assert ticket.result(slow()).code == 3
+    assert output(opened.engine, id) == b"alice\nbox\nbox\nb\n"
+    opened.engine.remove(id)
+    assert not opened.roots.instance_data(id).exists() and not opened.roots.instance_run(id).exists()
+
+
+def test_a_program_that_is_not_there(opened: Opened, runtime: str) -> None:
+    id = created(opened.engine, "nope", Runtime=runtime)
+    with pytest.raises(CommandNotFound, match="executable file not found"):
+        opened.engine.start(id)
+    assert opened.engine.get(id).state.exit_code == 127
+    opened.engine.remove(id)
+
+
+def test_execs_signals_and_usage(opened: Opened, runtime: str) -> None:
+    engine = opened.engine
+    id = created(engine, "sh", "-c", "trap 'exit 9' TERM; echo ready; while :; do sleep 0.1; done", Runtime=runtime)
+    engine.start(id)
+    until(lambda: output(engine, id) == b"ready\n", "the trap")
+    exec_id = engine.exec_create(id, {"Cmd": ["sh", "-c", "cat; exit 4"], "AttachStdin": True, "AttachStdout": True})
+    ours, theirs = socket.socketpair()
+    with theirs:
+        engine.exec_start(exec_id, Attach(True, True, True, framed=False), theirs, b"pending ", lambda: None)
+    with ours:
+        ours.sendall(b"then more")
+        ours.shutdown(socket.SHUT_WR)
+        assert read_all(ours) == b"pending then more"
+    assert engine.exec_get(exec_id).exit_code == 4
+    assert engine.usage(id).memory_bytes > 0
+    assert any("sh -c" in row["command"] for row in engine.top(id))
+    engine.stop(id, 60)
+    assert engine.get(id).state.exit_code == 9
+    engine.start(id)
+    assert engine.get(id).state.running
+    engine.remove(id, force=True)
+
+
+def test_the_engine_may_go_and_come_back(opened: Opened, runtime: str) -> None:
+    engine = opened.engine
+    id = created(engine, "sh", "-c", "read line; echo got $line; exit 5", Runtime=runtime, OpenStdin=True)
+    with attached(engine, id, stdin=True) as sock:
+        engine.start(id)
+        engine.close()
+        engine = opened.again()
+        assert engine.get(id).state.running
+        ticket = engine.wait(id, "next-exit")
+        sock.sendall(b"it\n")
+        assert ticket.result(slow()).code == 5
+        assert read_all(sock) == b"got it\n"
+    engine.remove(id)
+
+
+def test_a_killed_shim_takes_its_instance_along(opened: Opened, runtime: str) -> None:
+    engine = opened.engine
+    id = created(engine, "sleep", "1000", Runtime=runtime)
+    engine.start(id)
+    ticket = engine.wait(id, "next-exit")
+    os.kill(shim_pid(opened.roots, id), signal.SIGKILL)
+    status = ticket.result(slow())
+    assert (status.code, status.reason) == (137, "the shim was killed")
+    assert engine.get(id).state.status is Status.EXITED
+    until(lambda: not processes_naming(id), "the end of every process of the instance")
+    engine.remove(id)
+
+
+def processes_naming(id: str) -> list[str]:
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            if id.encode() in path.read_bytes():
+                found.append(path.parent.name)
+        except OSError:
+            continue
+    return found
+
+
+def test_what_a_vm_cannot_share_is_refused_at_create(opened: Opened) -> None:
+    for host in ({"NetworkMode": "host"}, {"PidMode": "host"}, {"Devices": [{"PathOnHost": "/dev/null"}]}):
+        with pytest.raises((InvalidRequest, Unsupported), match="VM"):
+            opened.engine.create(None, CreateSpec({"Image": "busybox", "Cmd": ["true"]}, {**host, "Runtime": "vm"}, {}))
+
+
+def test_doctor_knows_both_drivers(opened: Opened) -> None:
+    checks = {check.name: check for check in opened.engine.doctor()}
+    assert checks["driver container"].status == checks["driver vm"].status == "ok"
+    assert checks["layer form"].detail and checks["zygote"].status == "ok"
+    assert time.time_ns() > opened.engine.info().started_ns
