@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -50,6 +53,15 @@ pass_app = click.make_pass_decorator(App)
 
 def _note(text: str) -> None:
     click.echo(text, err=True)
+
+
+def waiting(text: str) -> AbstractContextManager[object]:
+    """Within it, `text` is shown while something takes longer than a second; nothing where stderr is no terminal."""
+    if not sys.stderr.isatty() or os.environ.get("AMBI_NO_PROGRESS"):
+        return nullcontext()
+    from ambi.cli.progress import Waiting
+
+    return Waiting(text)
 
 
 def each(names: Iterable[str], action: Callable[[str], Any]) -> None:

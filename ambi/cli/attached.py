@@ -6,14 +6,17 @@ asked again of an engine that is started anew.
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
+import time
 from contextlib import ExitStack
 from types import FrameType, TracebackType
 from typing import Any
 
-from ambi.client.client import Client, Hijacked, Pending, path_of
+from ambi.cli.filters import filter_query
+from ambi.client.client import Client, Hijacked, Pending, path_of, persistently
 from ambi.client.http import Lost
 from ambi.client.stream import DEFAULT_DETACH_KEYS, Session, parse_detach_keys
 from ambi.client.terminal import OnResize, Raw, size
@@ -32,6 +35,7 @@ class ExitWait:
 
     def __init__(self, client: Client, instance_id: str, condition: str) -> None:
         self._client = client
+        self._id = instance_id
         self._path = path_of("containers", instance_id, "wait")
         self._condition = condition
         self._pending: Pending | None = client.background(self._path, {"condition": condition})
@@ -54,13 +58,23 @@ class ExitWait:
     def _ask_again(self) -> None:
         condition = "not-running" if self._condition == "next-exit" else self._condition
         try:
-            self._pending = self._client.background(self._path, {"condition": condition})
+            self._pending = persistently(lambda: self._client.background(self._path, {"condition": condition}))
         except NotFound:
             self._pending = None
-            raise Unavailable(
-                "the exit status is not known: the instance ended and was removed while no engine ran",
-                hint="leave --rm out to keep instances that have ended",
-            ) from None
+            self._answer = {"StatusCode": self._recorded()}
+
+    def _recorded(self) -> int:
+        """The exit status of an instance that ended and was removed while no engine ran, from the events that are kept."""
+        filters = filter_query([f"container={self._id}", "event=die", "type=container"])
+        query = {**filters, "since": "0", "until": str(int(time.time()) + 1)}
+        codes = [json.loads(line)["Actor"]["Attributes"]["exitCode"] for line in self._events(query)]
+        if not codes:
+            hint = "leave --rm out to keep instances that have ended"
+            raise Unavailable(f"the exit status of {self._id[:12]} is not known: it ended while no engine ran", hint=hint)
+        return int(codes[-1])
+
+    def _events(self, query: dict[str, str]) -> list[bytes]:
+        return persistently(lambda: list(self._client.stream("GET", "/events", query).lines()))
 
     def status(self) -> int:
         """The exit status, waited for."""

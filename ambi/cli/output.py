@@ -32,6 +32,10 @@ def print_error(error: AmbiError) -> None:
         say("hint", error.hint, CYAN)
 
 
+def note(text: str) -> None:
+    say("note", text, CYAN)
+
+
 def warn(text: str) -> None:
     say("warning", text, YELLOW)
 

@@ -74,6 +74,32 @@ class Bar:
         self._shown = True
 
 
+class Waiting:
+    """Shows `text` on the terminal at stderr once it has taken a second, and takes it away at the end."""
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+        self._shown = False
+        self._timer = threading.Timer(QUIET_SECONDS, self._show)
+        self._timer.daemon = True
+
+    def __enter__(self) -> Waiting:
+        self._timer.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._timer.cancel()
+        self._timer.join()
+        if self._shown:
+            sys.stderr.write("\r\033[K")
+            sys.stderr.flush()
+
+    def _show(self) -> None:
+        self._shown = True
+        sys.stderr.write(f"\r\033[K{shorten(self._text, max(shutil.get_terminal_size().columns - 1, 10))}")
+        sys.stderr.flush()
+
+
 def _figures(done: int, total: int) -> str:
     if total > 0:
         return f" {size(done)} / {size(total)}"

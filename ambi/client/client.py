@@ -16,8 +16,9 @@ import json
 import os
 import socket
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 from ambi.client import starter
 from ambi.client.http import READ_SIZE, Connection, Lost, Response
@@ -26,7 +27,9 @@ from ambi.core.errors import AmbiError
 from ambi.core.roots import Roots
 
 API_VERSION = "1.44"
+RETRY_SECONDS, RETRY_PAUSE_SECONDS = 5.0, 0.1
 Query = Mapping[str, str] | Sequence[tuple[str, str]]  # pairs where a name comes several times
+T = TypeVar("T")
 Uploaded = Callable[[int], None]
 
 _BY_STATUS: dict[int, type[AmbiError]] = {
@@ -75,6 +78,18 @@ def quote(text: str, safe: str = "-._~:") -> str:
 def query_of(query: Query | None) -> str:
     pairs = query.items() if isinstance(query, Mapping) else query or ()
     return "?" + "&".join(f"{quote(k)}={quote(v)}" for k, v in pairs) if pairs else ""
+
+
+def persistently(ask: Callable[[], T]) -> T:
+    """What `ask` returns, asked again while the engine is lost: one that was just killed still takes connections."""
+    end = time.monotonic() + RETRY_SECONDS
+    while True:
+        try:
+            return ask()
+        except Lost:
+            if time.monotonic() > end:
+                raise
+            time.sleep(RETRY_PAUSE_SECONDS)
 
 
 class Hijacked(NamedTuple):
@@ -134,7 +149,7 @@ class Client:
         self._streams: list[Connection] = []
 
     def get(self, path: str, query: Query | None = None) -> Any:
-        return self._call("GET", path, query)
+        return persistently(lambda: self._call("GET", path, query))
 
     def post(self, path: str, query: Query | None = None, body: Any = None) -> Any:
         return self._call("POST", path, query, body)
@@ -213,15 +228,10 @@ class Client:
         return _json(data)
 
     def _exchange(self, method: str, target: str, body: Any) -> Response:
-        if self._kept is not None:  # the engine may have closed a connection that was idle
-            try:
-                _send_json(self._kept, method, target, body)
-                return self._kept.response()
-            except Lost:
-                self._forget()
-                if method != "GET":
-                    raise
-        self._kept = self._connect()
+        if self._kept is not None and self._kept.ended():  # closed while it was idle
+            self._forget()
+        if self._kept is None:
+            self._kept = self._connect()
         _send_json(self._kept, method, target, body)
         return self._kept.response()
 

@@ -7,6 +7,7 @@ bytes that followed its head. A response here is read from one buffer, so nothin
 from __future__ import annotations
 
 import os
+import select
 import socket
 from collections.abc import Iterable, Iterator
 
@@ -114,6 +115,12 @@ class Connection:
 
     def close(self) -> None:
         self.sock.close()
+
+    def ended(self) -> bool:
+        """Whether the other side has closed it, or has said something unasked."""
+        poll = select.poll()
+        poll.register(self.sock, select.POLLIN)
+        return bool(self._buffer or poll.poll(0))
 
     def send(self, method: str, target: str, headers: Iterable[tuple[str, str]], body: bytes = b"") -> None:
         lines = [f"{method} {target} HTTP/1.1", "Host: ambi", *(f"{name}: {value}" for name, value in headers)]

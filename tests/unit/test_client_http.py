@@ -107,6 +107,12 @@ def test_a_connection_is_kept(serve: Callable[..., Client]) -> None:
     client.close()
 
 
+def test_a_question_is_asked_again(serve: Callable[..., Client]) -> None:
+    """A killed engine may take a connection and drop it; what changes nothing is asked of the next one."""
+    client = serve(says(b"HTTP/1.1 200"), says(JSON))
+    assert client.get("/x") == {"a": 1}
+
+
 def test_an_idle_connection_that_was_closed_is_opened_again(serve: Callable[..., Client]) -> None:
     client = serve(says(JSON))
     assert client.get("/x") == client.get("/x") == {"a": 1}
@@ -124,7 +130,7 @@ def test_an_idle_connection_that_was_closed_is_opened_again(serve: Callable[...,
 )
 def test_an_answer_that_breaks_off_is_lost(serve: Callable[..., Client], answer: bytes) -> None:
     with pytest.raises(Lost):
-        serve(says(answer)).get("/x")
+        serve(says(answer)).post("/x")
 
 
 @pytest.mark.parametrize(

@@ -224,6 +224,26 @@ def remove(app: App, images: tuple[str, ...], force: bool, no_prune: bool) -> No
     each(images, drop)
 
 
+@image.command("prune", cls=DockerCommand)
+@flags.switch("-a", "--all", "everything", help="Also those that have a name, when no instance uses them.")
+@flags.filter_option("By label or until.")
+@flags.switch("--force", help="Do not ask.")
+@pass_app
+def prune(app: App, everything: bool, filters: tuple[str, ...], force: bool) -> None:
+    """Remove images without a name that no instance uses."""
+    if not force:
+        if not sys.stdin.isatty():
+            raise InvalidRequest("stdin is no terminal to ask at", hint="ambi image prune --force")
+        which = "images that no instance uses" if everything else "images without a name"
+        click.confirm(f"This removes all {which}. Go on?", abort=True, err=True)
+    query = filter_query(filters, dangling="false" if everything else "true")
+    found = app.client.post("/images/prune", query)
+    for entry in found.get("ImagesDeleted") or ():
+        for word, what in entry.items():
+            click.echo(f"{word}: {what}")
+    click.echo(f"Total reclaimed space: {humanize.size(found.get('SpaceReclaimed') or 0)}")
+
+
 @image.command("inspect", cls=DockerCommand)
 @flags.option("-f", "--format", "template", metavar="FORMAT", help="`json` or a Go template such as '{{.Id}}'.")
 @click.argument("images", nargs=-1, required=True, metavar="IMAGE...", shell_complete=complete.images)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import click
 
 from ambi.cli import attached, complete, flags
-from ambi.cli.app import App, DockerCommand, ExitWith, each, pass_app
+from ambi.cli.app import App, DockerCommand, ExitWith, each, pass_app, waiting
 from ambi.cli.names import looked_up, on
 from ambi.client.client import command_error, path_of
 from ambi.core.errors import AmbiError, InvalidRequest, NotFound, NotModified
@@ -47,7 +47,8 @@ def start(app: App, instances: tuple[str, ...], attach_: bool, interactive: bool
 
 def _start(app: App, name: str) -> None:
     try:
-        app.client.post(path_of("containers", name, "start"))
+        with waiting(f"starting {name} ..."):
+            app.client.post(path_of("containers", name, "start"))
     except NotModified:
         pass  # it runs already, as asked
     except AmbiError as error:
@@ -113,7 +114,8 @@ def _asking(app: App, verb: str, signal: str | None, timeout: int | None) -> Cal
     @on(app)
     def ask(name: str) -> None:
         try:
-            app.client.post(path_of("containers", name, verb), query)
+            with waiting(f"{verb}: waiting for {name} ..."):
+                app.client.post(path_of("containers", name, verb), query)
         except NotModified:
             pass  # it has stopped already, as asked
         click.echo(name)
@@ -146,7 +148,8 @@ def rm(app: App, instances: tuple[str, ...], force: bool, volumes: bool) -> None
     @on(app)
     def remove(name: str) -> None:
         try:
-            app.client.delete(path_of("containers", name), query)
+            with waiting(f"removing {name} ..."):
+                app.client.delete(path_of("containers", name), query)
         except NotFound:
             if not force:
                 raise

@@ -7,9 +7,9 @@ from typing import Any
 import click
 
 from ambi.cli import attached, flags
-from ambi.cli.app import App, DockerCommand, ExitWith, pass_app
+from ambi.cli.app import App, DockerCommand, ExitWith, pass_app, waiting
 from ambi.cli.names import image_names, looked_up
-from ambi.cli.output import warn
+from ambi.cli.output import note, warn
 from ambi.cli.request import body_of, check_cidfile, write_cidfile
 from ambi.client.client import command_error, path_of
 from ambi.core.errors import AmbiError, NotFound
@@ -67,9 +67,19 @@ def _create(app: App, body: dict[str, Any], given: dict[str, Any]) -> str:
         created = app.client.post("/containers/create", query, body)
     for text in created.get("Warnings") or ():
         warn(text)
+    if body["HostConfig"].get("Runtime") == "vm":
+        _tell_of_emulation(app)
     if given["cidfile"]:
         write_cidfile(given["cidfile"], created["Id"])
     return str(created["Id"])
+
+
+def _tell_of_emulation(app: App) -> None:
+    """One line when VMs are emulated here: they are so slow that it would be taken for a fault."""
+    status = app.client.get("/info").get("Runtimes", {}).get("vm", {}).get("status") or {}
+    accelerator = str(status.get("accelerator", ""))
+    if accelerator.startswith("tcg"):
+        note(accelerator.removeprefix("tcg (").removesuffix(")"))
 
 
 class _image_hint:
@@ -85,7 +95,8 @@ class _image_hint:
 
 def _start(app: App, instance_id: str) -> None:
     try:
-        app.client.post(path_of("containers", instance_id, "start"))
+        with waiting(f"starting {instance_id[:12]} ..."):
+            app.client.post(path_of("containers", instance_id, "start"))
     except AmbiError as error:
         raise command_error(error) from error
 
