@@ -104,9 +104,11 @@ _X32_LACKS = frozenset(
         "epoll_wait_old",
         "get_kernel_syms",
         "get_thread_area",
+        "map_shadow_stack",
         "nfsservctl",
         "query_module",
         "set_thread_area",
+        "uretprobe",
         "uselib",
         "vserver",
     )
