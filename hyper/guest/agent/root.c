@@ -8,8 +8,10 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <sys/mount.h>
 #include <sys/stat.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
 enum { MAX_LAYERS = 127 };
@@ -59,6 +61,7 @@ static int mount_layers(const struct setup *setup, struct error *e) {
     if (find_disk("layers", name, sizeof(name), e) < 0)
         return -1;
     modules_load("erofs");
+    modules_load("overlay");
     mkdir(LAYERS, 0700);
     for (unsigned i = 0; i < setup->layers; i++) {
         char device[64], target[32];
@@ -76,7 +79,6 @@ static int mount_overlay(const struct setup *setup, struct error *e) {
     size_t used = (size_t)snprintf(options, sizeof(options), "upperdir=" DISK "/fs,workdir=" DISK "/work,lowerdir=");
     for (unsigned i = (unsigned)setup->layers; i-- > 0;)
         used += (size_t)snprintf(options + used, sizeof(options) - used, "%u%s", i, i ? ":" : "");
-    modules_load("overlay");
     if (chdir(LAYERS) < 0)
         return fail_errno(e, errno, "cannot enter " LAYERS);
     int result = mount("overlay", ROOT, "overlay", 0, options);
@@ -101,19 +103,58 @@ static bool is_bind(const struct mount *mount) {
     return strcmp(mount->type, "bind") == 0;
 }
 
-int root_assemble(const struct setup *setup, struct error *e) {
-    mkdir(ROOT, 0755);
+/* The mount of the disk waits for reads and a flush; a process of its own, in the same mount namespace, waits for them while
+ * the layers are mounted. `error` is shared with it; its kind stays empty when all is well. */
+static pid_t start_mount_disk(const struct setup *setup, struct error *shared) {
+    pid_t pid = fork();
+    if (pid == 0)
+        _exit(mount_disk(setup, shared) < 0);
+    return pid;
+}
+
+static int finish_mount_disk(pid_t pid, const struct error *shared, struct error *e) {
+    int status = -1;
+    while (waitpid(pid, &status, 0) < 0 && errno == EINTR)
+        ;
+    if (status == 0)
+        return 0;
+    if (!shared->kind[0])
+        return fail(e, "Internal", "the process that mounts the writable disk ended without a word");
+    *e = *shared;
+    return -1;
+}
+
+static int mount_layered_root(const struct setup *setup, struct error *e) {
+    struct error *shared = mmap(NULL, sizeof(*shared), PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+    if (shared == MAP_FAILED)
+        return fail_errno(e, errno, "no memory to mount the disk");
+    pid_t pid = start_mount_disk(setup, shared);
+    int result = pid < 0 ? fail_errno(e, errno, "cannot start a process to mount the disk") : mount_layers(setup, e);
+    struct error late;
+    if (pid > 0 && finish_mount_disk(pid, shared, &late) < 0 && result == 0) {
+        *e = late;
+        result = -1;
+    }
+    munmap(shared, sizeof(*shared));
+    return result < 0 ? -1 : mount_overlay(setup, e);
+}
+
+static int mount_root(const struct setup *setup, struct error *e) {
+    if (setup->layers && !setup->root_tag)
+        return mount_layered_root(setup, e);
     if (mount_disk(setup, e) < 0)
         return -1;
-    if (setup->root_tag) {
-        if (mount_virtiofs(setup->root_tag, ROOT, e) < 0)
-            return -1;
-    } else if (setup->layers == 0) {
-        if (mount(DISK "/fs", ROOT, NULL, MS_BIND, NULL) < 0)
-            return fail_errno(e, errno, "cannot use the writable disk as root");
-    } else if (mount_layers(setup, e) < 0 || mount_overlay(setup, e) < 0) {
+    if (setup->root_tag)
+        return mount_virtiofs(setup->root_tag, ROOT, e);
+    if (mount(DISK "/fs", ROOT, NULL, MS_BIND, NULL) < 0)
+        return fail_errno(e, errno, "cannot use the writable disk as root");
+    return 0;
+}
+
+int root_assemble(const struct setup *setup, struct error *e) {
+    mkdir(ROOT, 0755);
+    if (mount_root(setup, e) < 0)
         return -1;
-    }
     for (size_t i = 0; i < setup->mount_count; i++)
         if (is_bind(&setup->mounts[i]))
             return mount_virtiofs("binds", BINDS, e);
