@@ -28,7 +28,8 @@ def _scaled(count: float, base: int, units: tuple[str, ...], digits: int) -> str
     while count >= base and unit < len(units) - 1:
         count /= base
         unit += 1
-    return f"{count:.{digits}g}{units[unit]}" if count < 10**digits else f"{count:.0f}{units[unit]}"
+    text = f"{count:.{digits}g}"
+    return f"{count:.0f}{units[unit]}" if "e" in text else f"{text}{units[unit]}"
 
 
 def duration(seconds: float) -> str:
@@ -82,7 +83,7 @@ def parse_size(flag: str, text: str) -> int:
     lower = text.strip().lower().removesuffix("b").removesuffix("i")
     number, suffix = (lower[:-1], lower[-1]) if lower and lower[-1].isalpha() else (lower, "")
     digits = number.strip()
-    if suffix not in _SUFFIXES or not digits.replace(".", "", 1).isdigit():
+    if suffix not in _SUFFIXES or not text.isascii() or not digits.replace(".", "", 1).isdigit():
         hint = "a size looks like 512m, 1.5g or 1048576"
         raise InvalidRequest(f"invalid value for {flag}: '{text}' is no size", hint=hint)
     return int(float(digits) * _SUFFIXES[suffix]) if "." in digits else int(digits) * _SUFFIXES[suffix]
@@ -114,7 +115,7 @@ def parse_time(flag: str, text: str) -> str:
     ago_seconds = parse_duration(text)
     if ago_seconds is not None:
         return f"{time.time() - ago_seconds:.9f}"
-    if text.replace(".", "", 1).isdigit():
+    if text.isascii() and text.replace(".", "", 1).isdigit():
         whole, _, fraction = text.partition(".")
         return f"{whole or 0}.{fraction:0<9.9}"
     from datetime import datetime

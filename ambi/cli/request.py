@@ -148,7 +148,7 @@ def nano_cpus(text: str | None) -> int:
     if not text:
         return 0
     whole, _, fraction = text.partition(".")
-    if not (whole + fraction).isdigit() or len(fraction) > 9:
+    if not text.isascii() or not (whole + fraction).isdigit() or len(fraction) > 9:
         raise InvalidRequest(f"invalid value for --cpus: '{text}'", hint="a number of CPUs looks like 2 or 0.5")
     return int(whole or "0") * 10**9 + int(f"{fraction:0<9}")
 
