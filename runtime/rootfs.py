@@ -109,10 +109,7 @@ def assemble(kind: str, lowers: list[str], source: str, scratch: str, *, disposa
 
 def _mount_overlay(lowers: list[str], upper: str, scratch: str, disposable: bool) -> None:
     """Directories go by descriptor: 127 of their paths would not fit the page that mount(2) takes, nor may they hold `:`."""
-    try:
-        os.rmdir(f"{upper}/work/work/incompat/volatile")
-    except OSError:
-        pass
+    _forget_volatile(f"{upper}/work/work/incompat/volatile")
     opened = [os.open(path, paths.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC) for path in (*reversed(lowers), f"{upper}/fs")]
     opened.append(os.open(f"{upper}/work", paths.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC))
     *below, fs, work = [f"/proc/self/fd/{fd}" for fd in opened]
@@ -123,6 +120,15 @@ def _mount_overlay(lowers: list[str], upper: str, scratch: str, disposable: bool
     finally:
         for fd in opened:
             os.close(fd)
+
+
+def _forget_volatile(mark: str) -> None:
+    """Remove what a mount with `volatile` leaves behind, and what keeps overlay from mounting the upper again."""
+    try:
+        os.unlink(f"{mark}/dirty")
+        os.rmdir(mark)
+    except FileNotFoundError:
+        pass
 
 
 def pivot(root: int, propagation: str) -> None:
