@@ -47,8 +47,15 @@ DIFFERENCES: tuple[Difference, ...] = (
     Difference(
         "exec-no-directory",
         0,
-        BOTH,
-        r'cannot use working directory "/not/there": no such file or directory\r\n\|\|126',
+        ("container",),
+        re.escape('cannot use working directory "/not/there": no such file or directory\r\n||126'),
+        _RUNC,
+    ),
+    Difference(
+        "exec-no-directory",
+        0,
+        ("vm",),
+        re.escape('chdir to cwd ("/not/there") set in config.json failed: no such file or directory\r\n||126'),
         _RUNC,
     ),
     Difference(
