@@ -1,7 +1,8 @@
 """Progress of long work: one line that changes on a terminal, plain lines elsewhere, nothing for what ends within a second.
 
 The engine sends one JSON object a line: `{"status", "id", "progressDetail": {"current", "total"}}` for a step,
-`{"stream"}` for text, and `{"errorDetail": {"code", "message"}, "error", "hint"}` as the last one of work that failed.
+`{"stream"}` for text, `{"status": "sha256:..."}` for the image that was made, and as the last one of work that failed
+`{"errorDetail": {"code", "message"}, "error", "hint"}`.
 """
 
 from __future__ import annotations
@@ -117,7 +118,7 @@ def follow(response: Response, bar: Bar) -> Iterator[dict[str, Any]]:
             detail = entry.get("errorDetail") or {}
             message = str(detail.get("message") or entry.get("error"))
             raise error_of(int(detail.get("code") or 500), message, entry.get("hint"))
-        if "progressDetail" in entry or ("id" in entry and "status" in entry):
+        if "status" in entry and not str(entry["status"]).startswith("sha256:"):
             detail = entry.get("progressDetail") or {}
             step = " ".join(filter(None, (entry.get("status"), entry.get("id"))))
             bar.tell(one_line(step), int(detail.get("current") or 0), int(detail.get("total") or 0))
