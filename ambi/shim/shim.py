@@ -15,7 +15,7 @@ import socket
 from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from ambi.core.deadline import Deadline
 from ambi.core.driver import Created, Driver
@@ -29,6 +29,8 @@ from ambi.shim.attach import Attach, Hub
 from ambi.shim.control import Control, Request
 from ambi.shim.log import LogWriter
 from ambi.shim.session import Session
+
+T = TypeVar("T")
 
 DELETE_SECONDS = 30.0  # what a driver may take to remove things when nobody said otherwise
 START_SECONDS = 120.0
@@ -95,8 +97,6 @@ class Shim:
             request.fail(error)
         except OSError as error:
             request.fail(from_os_error(f"shim of {self.spec.id[:12]} cannot do '{name}'", error))
-        except (KeyError, TypeError, ValueError) as error:
-            request.fail(InvalidRequest(f"'{name}' is not complete: {describe(error)}"))
         except Exception as error:  # a bug in a driver must not take the instance with it
             request.fail(Internal(f"'{name}' failed: {describe(error)}", hint="the run root's zygote.log has more"))
             trace(error)
@@ -107,7 +107,7 @@ class Shim:
     def start(self, request: Request) -> dict[str, Any]:
         if self._phase != "new":
             raise Conflict(f"instance {self.spec.id[:12]} has been started already")
-        by = Deadline.after(float(request.body.get("by_s") or START_SECONDS))
+        by = Deadline.after(_seconds(request, START_SECONDS))
         try:
             pid = self._launch(by)
         except BaseException:
@@ -139,8 +139,10 @@ class Shim:
             if self._size is not None and terminal:
                 created.init.resize(*self._size)
             created.start(by)
-        except BaseException:
-            created.delete(Deadline.after(DELETE_SECONDS))
+        except BaseException as error:
+            failure = self._delete()
+            if failure is not None:
+                error.add_note(failure.message)
             raise
         return created.init.pid
 
@@ -166,18 +168,18 @@ class Shim:
 
     def exec(self, request: Request) -> dict[str, Any]:
         body = request.body
-        exec_id, process = body["exec_id"], body["process"]
+        exec_id, process = _field(request, "exec_id", str), _field(request, "process", dict)
         if self._created is None or self._phase != "running":
             raise Conflict(f"instance {self.spec.id[:12]} is not running")
-        if not isinstance(exec_id, str) or not isinstance(process, dict) or exec_id in self._execs:
-            raise InvalidRequest("exec: 'exec_id' must be new and 'process' an object")
+        if exec_id in self._execs:
+            raise Conflict(f"exec {exec_id} runs already")
         hub = Hub(self.loop, self.spec.data_dir, terminal=bool(process.get("terminal")), stdin_once=True)
         hub.on_detach = lambda: self.control.event({"event": "detach", "exec_id": exec_id})
         if body.get("attach") is not None:
-            options = Attach.from_wire(body["attach"])
+            options = Attach.from_wire(_field(request, "attach", dict))
             hub.attach(_take_socket(request), options)
         session = Session(self.loop, hub, None, lambda s: self._todo.append(lambda: self._exec_ended(exec_id, s)))
-        by = Deadline.after(float(body.get("by_s") or START_SECONDS))
+        by = Deadline.after(_seconds(request, START_SECONDS))
         try:
             started = self._created.exec(process, bool(body.get("stdin")), by)
         except AmbiError as error:
@@ -192,14 +194,16 @@ class Shim:
         return {"pid": started.pid}
 
     def signal(self, request: Request) -> dict[str, Any]:
-        number = int(request.body["signal"])
+        number = _field(request, "signal", int)
+        if not 0 < number < 65:
+            raise InvalidRequest(f"there is no signal {number}")
         session = self._session(request.body.get("exec_id"))
         if session.process is not None:
             session.process.signal(number)
         return {}
 
     def resize(self, request: Request) -> dict[str, Any]:
-        size = int(request.body["rows"]), int(request.body["columns"])
+        size = _field(request, "rows", int), _field(request, "columns", int)
         if not all(0 < n < 65536 for n in size):
             raise InvalidRequest(f"a terminal cannot have {size[0]} rows and {size[1]} columns")
         if self._phase == "new" and request.body.get("exec_id") is None:
@@ -232,13 +236,14 @@ class Shim:
 
     def delete(self, request: Request) -> None:
         """Answered at the end of the run, which this brings about."""
+        by_s = _seconds(request, DELETE_SECONDS)
         self._deletions.append(request)
         if self._phase == "new":
             self._end(None)
         elif self._phase == "running" and self._init is not None and self._init.exit is None:
             assert self._init.process is not None
             self._init.process.signal(9)
-            self.loop.later(float(request.body.get("by_s") or DELETE_SECONDS), self._force)
+            self.loop.later(by_s, self._force)
 
     # The end of a run
 
@@ -310,7 +315,7 @@ class Shim:
     def _delete(self) -> AmbiError | None:
         if self._created is None:
             return None
-        by_s = max((float(r.body.get("by_s") or DELETE_SECONDS) for r in self._deletions), default=DELETE_SECONDS)
+        by_s = max((_seconds(r, DELETE_SECONDS) for r in self._deletions), default=DELETE_SECONDS)
         try:
             self._created.delete(Deadline.after(by_s))
         except AmbiError as error:
@@ -334,7 +339,7 @@ class Shim:
 
     def _session(self, exec_id: Any) -> Session:
         if exec_id is not None:
-            if exec_id not in self._execs:
+            if not isinstance(exec_id, str) or exec_id not in self._execs:
                 raise NotFound(f"no such exec: {exec_id}")
             return self._execs[exec_id]
         if self._init is None or self._phase != "running":
@@ -389,6 +394,23 @@ def trace(error: BaseException) -> None:
         os.write(2, f"shim[{os.getpid()}]: {describe(error)} ({' > '.join(calls)})\n".encode(errors="replace"))
     except OSError:
         pass
+
+
+def _field(request: Request, name: str, kind: type[T]) -> T:
+    value = request.body.get(name)
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise InvalidRequest(f"'{request.body.get('op')}' wants '{name}' as {kind.__name__}, not {value!r:.80}")
+    return value
+
+
+def _seconds(request: Request, default: float) -> float:
+    """`by_s`: how long this may take."""
+    value = request.body.get("by_s")
+    if value is None:
+        return default
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value < 1e6:
+        raise InvalidRequest(f"'by_s' is {value!r:.80}, not a time in seconds")
+    return float(value)
 
 
 def _take_socket(request: Request) -> socket.socket:
