@@ -92,6 +92,7 @@ class _Growth:
     def __init__(self, path: str, wake: int | None) -> None:
         self._poll = select.poll()
         self._inotify: int | None = None
+        self._soon = 0
         try:
             events = inotify.IN_MODIFY | inotify.IN_CREATE | inotify.IN_MOVED_TO | inotify.IN_DELETE
             self._inotify = inotify.watch_directory(os.path.dirname(path) or ".", events)
@@ -106,11 +107,16 @@ class _Growth:
             inotify.clear(self._inotify)
 
     def wait(self, until_ns: int | None) -> None:
-        """Return on a change, on the wake descriptor, at `until_ns`, and now and then in any case."""
-        limit_ms = 1000 if self._inotify is not None else 250
+        """Return on a change, on the wake descriptor, at `until_ns`, and now and then in any case.
+
+        After a change beside the log, as that of `exit.json`, it returns sooner for a while: who is asked whether the run
+        has ended may hear of it a moment later than we do.
+        """
+        limit_ms = 1000 if self._inotify is not None and not self._soon else 100
         if until_ns is not None:
             limit_ms = max(0, min(limit_ms, (until_ns - time.time_ns()) // 1_000_000 + 1))
-        self._poll.poll(limit_ms)
+        changed = self._poll.poll(limit_ms)
+        self._soon = 10 if changed else max(0, self._soon - 1)
 
     def __enter__(self) -> _Growth:
         return self
