@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from ambi.linux import mount
 from images.layers.convert import Converted
 from images.layers.supervisor import Worker
 from images.snapshots import FORMS, discard
@@ -65,6 +66,14 @@ def convert(form: str, archive: Path, target: Path, limit_bytes: int = LIMIT) ->
         os.close(source)
 
 
+def mount_erofs(layer: Path, place: Path) -> None:
+    """From the file itself, or by a loop device where the kernel or the file system wants that."""
+    try:
+        mount.mount(layer, place, "erofs", mount.MS_RDONLY)
+    except OSError:
+        subprocess.run(["mount", "-t", "erofs", "-o", "ro,loop", layer, place], check=True)
+
+
 @contextmanager
 def tree_of(form: str, layer: Path) -> Iterator[Path]:
     """The tree of a layer: mounted when it is a file, after fsck.erofs has accepted it."""
@@ -75,7 +84,7 @@ def tree_of(form: str, layer: Path) -> Iterator[Path]:
     assert checked.returncode == 0, checked.stdout + checked.stderr
     place = layer.with_name(layer.name + ".mnt")
     place.mkdir()
-    subprocess.run(["mount", "-t", "erofs", "-o", "ro", layer, place], check=True)
+    mount_erofs(layer, place)
     try:
         yield place
     finally:
