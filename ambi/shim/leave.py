@@ -142,7 +142,13 @@ def serve_on(hubs: Iterable[Hub]) -> None:
         if not client.closed:
             client.end()
     clients = [client for client in clients if not client.closed]
-    if not clients or os.fork():
+    if not clients:
+        return
+    try:
+        if os.fork():
+            return
+    except OSError:  # no process to spare: then this one stays
+        _serve(clients)
         return
     try:
         _keep_only({fd for client in clients for fd in client.descriptors()} | {0, 1, 2})

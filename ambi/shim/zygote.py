@@ -163,8 +163,12 @@ class Zygote:
         driver = drivers.parkable(PARKED_ISOLATION) if self._parked is None else None
         if driver is None or self._stopped:
             return
-        ours, theirs = unix.pair()
-        pid = self._fork(lambda: parking.wait(driver, ours, theirs, self.run_root, self.home))
+        try:
+            ours, theirs = unix.pair()
+            pid = self._fork(lambda: parking.wait(driver, ours, theirs, self.run_root, self.home))
+        except OSError as error:  # no memory, process or descriptor to spare: starts do without
+            report(f"cannot park a shim: {error.strerror}")
+            return
         theirs.close()
         self._parked = parking.Parked(pid, ours)
 
