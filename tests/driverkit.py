@@ -27,6 +27,7 @@ from ambi.core.plan import File, LaunchPlan, Layer, Layers
 from ambi.core.undo import Undo
 from ambi.linux import mount, process, seccomp_profile
 from ambi.shim import drivers
+from runtime import cgroups
 
 CAPABILITIES = [
     "CAP_CHOWN", "CAP_DAC_OVERRIDE", "CAP_FSETID", "CAP_FOWNER", "CAP_MKNOD", "CAP_NET_RAW", "CAP_SETGID", "CAP_SETUID",
@@ -124,6 +125,17 @@ def layers_namespace() -> Iterator[None]:
         process.setns(outside, process.CLONE_NEWNS)
         os.close(outside)
         os.chdir(cwd)
+        _remove_parents()
+
+
+def _remove_parents() -> None:
+    """The group of all containers, unless somebody else has containers in it."""
+    found = cgroups.hierarchies()
+    for place in [*(hierarchy.mount for hierarchy in found.v1), found.v2]:
+        try:
+            os.rmdir(f"{place}/ambi")
+        except OSError:
+            pass
 
 
 class Done(NamedTuple):

@@ -36,6 +36,16 @@ class V2Group:
     def create(self, resources: dict[str, Any], rules: list[Rule]) -> None:
         if not self._root:
             raise Unsupported("no cgroup hierarchy is mounted", hint="mount -t cgroup2 none /sys/fs/cgroup")
+        try:
+            self._make()
+        except FileNotFoundError:  # somebody has just removed an empty parent
+            self._make()
+        device_filter.attach(self.directory, device_filter.compile(rules))
+        for name, value in _settings(resources):
+            if value is not None:
+                self._set(name, str(value))
+
+    def _make(self) -> None:
         here = self._root
         for part in self.path.parts[1:]:
             self._delegate(here)
@@ -44,10 +54,6 @@ class V2Group:
                 os.mkdir(here)
             except FileExistsError:
                 pass
-        device_filter.attach(self.directory, device_filter.compile(rules))
-        for name, value in _settings(resources):
-            if value is not None:
-                self._set(name, str(value))
 
     @staticmethod
     def _delegate(directory: str) -> None:
