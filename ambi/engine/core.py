@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from ambi.core.deadline import Deadline
@@ -44,7 +46,19 @@ class Core:
         self.changed = threading.Condition(self.mutex)
         self.started_ns = time.time_ns()
         self.shims: Shims
+        self.claims: Counter[str] = Counter()  # images of which instances are being made
         self.on_auto_remove: Callable[[Record], None] = lambda _: None
+
+    @contextmanager
+    def claim(self, image_id: str) -> Iterator[None]:
+        """The image counts as used until the end of the `with`."""
+        with self.mutex:
+            self.claims[image_id] += 1
+        try:
+            yield
+        finally:
+            with self.mutex:
+                self.claims[image_id] -= 1
 
     def publish(self, record: Record, action: str, **own: str) -> None:
         """An event of an instance, with its labels, image and name as Docker has them."""

@@ -6,6 +6,7 @@ import json
 import os
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ambi.core.errors import InvalidRequest, NotFound, from_os_error
 from ambi.core.model import IdMap, InstanceId, Workload
@@ -17,6 +18,9 @@ from ambi.engine.core import Core
 from ambi.engine.records import Record
 from ambi.engine.state import Row, dumps
 from ambi.engine.types import CreateSpec, State
+
+if TYPE_CHECKING:
+    from images.store import Image
 
 RECORD_FILE = "record.json"
 RECORD_FORMAT = 1
@@ -34,6 +38,12 @@ def create(core: Core, name: str | None, asked: CreateSpec) -> tuple[InstanceId,
         image = core.store.resolve(image_name)
     except NotFound as error:
         raise NotFound(f"No such image: {_familiar(image_name)}", hint=error.hint) from error
+    with core.claim(image.id):
+        core.store.resolve(image.id)  # it was there before it was claimed; now it stays
+        return _create(core, name, asked, image), warnings
+
+
+def _create(core: Core, name: str | None, asked: CreateSpec, image: Image) -> InstanceId:
     id = InstanceId(names.new_id())
     isolation = request.isolation_of(Body("HostConfig", asked.host))
     full = request.complete(asked, image.config.get("config") or {}, id)
@@ -48,7 +58,7 @@ def create(core: Core, name: str | None, asked: CreateSpec) -> tuple[InstanceId,
             workload=Workload.OCI,
             isolation=isolation,
             image_id=image.id,
-            image=image_name,
+            image=asked.config["Image"],
             spec=full,
             id_map=None,
             created_ns=time.time_ns(),
@@ -69,7 +79,7 @@ def create(core: Core, name: str | None, asked: CreateSpec) -> tuple[InstanceId,
     record = Record(row)
     core.registry.add(record)
     core.publish(record, "create")
-    return id, warnings
+    return id
 
 
 def _familiar(name: str) -> str:

@@ -159,7 +159,7 @@ class Engine:
             if condition == "not-running" and not record.state.running:
                 ticket.settle(ExitStatus(record.state.exit_code, record.state.error))
             else:
-                record.tickets.append(ticket)
+                record.tickets = [kept for kept in record.tickets if not kept.settled] + [ticket]
         return ticket
 
     def logs(self, id: str, wanted: LogQuery) -> Iterator[LogEntry | None]:

@@ -19,6 +19,8 @@ from ambi.engine.types import Attach, Exec
 
 EXEC_S = 60.0
 MOST = 4096  # execs of one instance that have not ended
+KEPT = 256  # ended execs of one instance that can still be asked for
+_SLACK = 64  # by how many more they are let grow before the oldest go
 
 
 def create(core: Core, id: str, config: dict[str, Any]) -> ExecId:
@@ -37,6 +39,8 @@ def create(core: Core, id: str, config: dict[str, Any]) -> ExecId:
     made = ExecRecord(ExecId(names.new_id()), record, config)
     core.db.insert_exec(ExecRow(made.id, record.id, config, 0, None, core.boot_id))
     core.registry.add_exec(made)
+    if len(record.execs) > KEPT + _SLACK:
+        core.db.delete_execs(core.registry.drop_old_execs(record, KEPT))
     core.publish(record, f"exec_create: {_command(made)}", execID=made.id)
     return made.id
 

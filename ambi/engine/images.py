@@ -82,10 +82,13 @@ class ImageService:
                 self._event("untag", item.id or image_id or item.name, item.name)
             else:
                 self._event("delete", item.id, item.id)
+        if any(item.id and not item.name for item in removed):
+            self._core.shims.forget_layers()
 
     def in_use(self, image_id: str) -> Ids:
         """Ids of the instances made of the image."""
-        return [record.id for record in self._core.registry if record.row.image_id == image_id]
+        found: Ids = [record.id for record in self._core.registry if record.row.image_id == image_id]
+        return found or (["one that is being made"] if self._core.claims[image_id] > 0 else [])
 
     def count(self) -> int:
         return len(self._store.list())

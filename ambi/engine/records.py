@@ -98,7 +98,7 @@ class Record:
             created_ns=row.created_ns,
             state=self.state,
             restart_count=row.restart_count,
-            exec_ids=tuple(self.execs),
+            exec_ids=tuple(item.id for item in list(self.execs.values()) if item.exit_code is None),
             data_dir=data,
             run_dir=roots.instance_run(row.id),
             log_path=logopts.log_path(row.spec.host, data, row.id),
@@ -170,14 +170,15 @@ class Registry:
             self._execs[record.id] = record
             record.instance.execs[record.id] = record
 
-    def drop_execs(self, instance: Record) -> list[str]:
-        """Forget the execs of an instance; returns their ids."""
+    def drop_old_execs(self, instance: Record, keep: int) -> list[str]:
+        """Forget all but the last `keep` ended execs of an instance; returns the ids of the forgotten."""
         with self._lock:
-            ids: list[str] = list(instance.execs)
-            instance.execs.clear()
-            for exec_id in ids:
+            ended = [exec_id for exec_id, item in instance.execs.items() if item.exit_code is not None]
+            gone: list[str] = list(ended[: max(0, len(ended) - keep)])
+            for exec_id in gone:
+                instance.execs.pop(ExecId(exec_id))
                 self._execs.pop(exec_id, None)
-        return ids
+        return gone
 
     def find_exec(self, id: str) -> ExecRecord:
         with self._lock:

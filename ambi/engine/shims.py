@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 
 _START_OUTCOME_S = 300.0  # a start that is under way has a result by then
 _DEATH_S = 10.0
+_FORGET_TRIES = 5
 _GRACE_S = 10.0  # for a shim that still serves what clients have not read
 
 
@@ -45,9 +46,28 @@ class Shims:
         """Start the zygote before somebody waits for it."""
         threading.Thread(target=self._warm_up, name="warm-up", daemon=True).start()
 
+    def forget_layers(self) -> None:
+        """Have layers unmounted that the store has removed: as long as they are mounted they take space on the disk."""
+        threading.Thread(target=self._forget_layers, name="forget", daemon=True).start()
+
+    def _forget_layers(self) -> None:
+        try:
+            for _ in range(_FORGET_TRIES):
+                stored = {name.partition(".")[0] for name in os.listdir(self._core.roots.images / "layers")}
+                mounted = [name for name in os.listdir(self._core.roots.layers) if not name.startswith(".")]
+                gone = {name for name in mounted if name not in stored}
+                if not gone or self._closed or not gone - set(self._zygote.forget(sorted(gone))):
+                    return
+                time.sleep(1.0)  # the kernel is still taking down the namespace of the last instance that read them
+        except FileNotFoundError:  # nothing has ever been mounted
+            return
+        except AmbiError as error:
+            log.warning("layers that are not needed stay mounted: %s", error)
+
     def _warm_up(self) -> None:
         try:
             self.zygote_pid()
+            self._forget_layers()
         except AmbiError as error:
             log.error("%s", error)
 

@@ -47,7 +47,7 @@ class Instance(NamedTuple):
     """A snapshot of one instance.
 
     image: what the user typed; image_id: `sha256:...`. argv: what runs, entrypoint and command merged.
-    exec_ids: of execs that have not been forgotten. log_path: of the json-file log, None without one.
+    exec_ids: of execs that have not ended. log_path: of the json-file log, None without one.
     data_dir, run_dir: the instance's own directories, see ambi/engine/README.md.
     """
 

@@ -497,3 +497,12 @@ def status_of(pid: int) -> str:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except OSError:
         return "Z"
+
+
+def test_a_removed_image_leaves_no_mounted_layer(engine: Engine, roots: Roots) -> None:
+    assert ran(engine, "true")[0] == 0
+    mounted = [path for path in roots.layers.iterdir() if path.is_dir()]
+    assert len(mounted) == (engine.info().layer_form[0] == "erofs")
+    engine.remove(engine.list(all=True, filters={})[0].id)
+    engine.images.remove("busybox")
+    until(lambda: not any(path.exists() for path in mounted), "the end of the mounts")
