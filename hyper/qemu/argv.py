@@ -12,7 +12,7 @@ from hyper.guest.protocol import PORT_NAME
 
 SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
 TB_SIZE_MIB = 128  # TCG's cache of translated code; its default is an eighth of the host's memory
-WORDS = (  # measured, see docs/design/0003-boot-words.md; they shorten the boot and change nothing for the workload
+WORDS = (  # measured, see hyper/README.md: they shorten the boot and change nothing for the workload
     "quiet", "reboot=t", "panic=-1", "console=ttyS0", "no_timer_check", "tsc=reliable", "8250.nr_uarts=1",
     "i8042.noaux", "i8042.nomux", "i8042.nopnp", "i8042.dumbkbd", "cryptomgr.notests", "random.trust_cpu=on",
     "rcupdate.rcu_expedited=1",

@@ -154,13 +154,14 @@ class VirtualMachine:
         """The guest is of no more use: end its VMM, and with it every process."""
         vmm = self._parts.vmm
         if vmm.wait(Deadline.after(0.2)):
-            reason = f"the VMM {vmm.how()}"
+            cause = self._parts.qmp.why_shut_down()
+            reason = f"the VMM {vmm.how()}" + (f" ({cause})" if cause else "")
         else:
             vmm.kill()
         self._loop.unwatch(vmm.pidfd)
         self._parts.console.drain()
-        cause = self._parts.console.cause()
-        self._failure = reason if not cause or self._deleted else f"{reason}: {cause}"
+        line = self._parts.console.cause()
+        self._failure = reason if not line or self._deleted else f"{reason}: {line}"
         if self.init.exit is None:
             self._keep_console()
         for process in (self.init, *self._execs.values()):

@@ -18,7 +18,7 @@ MAX_LINE = 1 << 20
 class Qmp:
     """Commands in, answers out, one at a time; events are kept (the last 64). Owns the socket.
 
-    The greeting is read at the first command, so that starting a VM does not wait for it.
+    Starting a VM does not wait for the greeting: negotiation is asked for at once and read with the first answer.
     """
 
     __slots__ = ("_buffer", "_negotiated", "_socket", "events")
@@ -28,6 +28,7 @@ class Qmp:
         self._buffer = bytearray()
         self._negotiated = False
         self.events: list[dict[str, Any]] = []
+        sock.sendall(b'{"execute": "qmp_capabilities"}\n')
 
     def execute(self, command: str, by: Deadline, **arguments: Any) -> Any:
         """The `return` of `command`. Raises Unavailable (QEMU is gone), DeadlineExceeded, Internal (QEMU refused)."""
@@ -38,8 +39,22 @@ class Qmp:
     def _greet(self, by: Deadline) -> None:
         if "QMP" not in self._message(by):
             raise Unavailable("QEMU's monitor does not greet")
+        if "return" not in self._message(by):
+            raise Unavailable("QEMU's monitor does not negotiate")
         self._negotiated = True
-        self._call("qmp_capabilities", {}, by)
+
+    def why_shut_down(self) -> str:
+        """Of a VMM that has ended: the reason in its SHUTDOWN event (`guest-reset`, `guest-panic`, ...), else ""."""
+        try:
+            while True:
+                self._take(json.loads(self._line(Deadline.after(0))))
+        except (Unavailable, ValueError):
+            pass
+        for event in reversed(self.events):
+            data = event.get("data")
+            if event.get("event") == "SHUTDOWN" and isinstance(data, dict):
+                return "".join(c for c in str(data.get("reason", "")) if c.isalnum() or c == "-")[:40]
+        return ""
 
     def _call(self, command: str, arguments: dict[str, Any], by: Deadline) -> Any:
         request = {"execute": command, "arguments": arguments} if arguments else {"execute": command}
@@ -67,9 +82,15 @@ class Qmp:
                 raise Unavailable("QEMU's monitor does not speak JSON") from error
             if not isinstance(body, dict):
                 raise Unavailable("QEMU's monitor does not speak QMP")
-            if "event" not in body:
+            if not self._take(body):
                 return body
-            self.events = [*self.events[-63:], body]
+
+    def _take(self, body: Any) -> bool:
+        """Keep `body` if it is an event."""
+        if not isinstance(body, dict) or "event" not in body:
+            return False
+        self.events = [*self.events[-63:], body]
+        return True
 
     def _line(self, by: Deadline) -> bytes:
         while (end := self._buffer.find(b"\n")) < 0:
