@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import io
 import os
+import random
 import subprocess
 import tarfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from ambi.linux import mount
 from images.layers.convert import Converted
@@ -18,18 +20,18 @@ from images.snapshots import FORMS, discard
 LIMIT = 8 << 30
 
 
-def member(name: str, data: bytes = b"", **fields: object) -> tuple[tarfile.TarInfo, bytes]:
+def member(name: str, data: bytes = b"", **fields: Any) -> tuple[tarfile.TarInfo, bytes]:
     """A member for `write_tar`; `fields` are those of TarInfo, and `pax` for records of its own."""
     entry = tarfile.TarInfo(name)
     entry.size = len(data)
-    entry.pax_headers = fields.pop("pax", {})  # type: ignore[assignment]
+    entry.pax_headers = fields.pop("pax", {})
     for key, value in fields.items():
         setattr(entry, key, value)
     return entry, data
 
 
-def directory(name: str, **fields: object) -> tuple[tarfile.TarInfo, bytes]:
-    return member(name, type=tarfile.DIRTYPE, **{"mode": 0o755, **fields})
+def directory(name: str, *, mode: int = 0o755, **fields: Any) -> tuple[tarfile.TarInfo, bytes]:
+    return member(name, type=tarfile.DIRTYPE, mode=mode, **fields)
 
 
 def symlink(name: str, target: str) -> tuple[tarfile.TarInfo, bytes]:
@@ -64,6 +66,34 @@ def convert(form: str, archive: Path, target: Path, limit_bytes: int = LIMIT) ->
         raise
     finally:
         os.close(source)
+
+
+def many_layers(work: Path, count: int) -> list[Path]:
+    """Layers that add, change, replace, link, hide and clear, made from one seed."""
+    random.seed(count)
+    archives = []
+    for number in range(count):
+        members = [directory("./", mode=0o755, mtime=number), directory("shared", mode=0o700 + number % 8)]
+        members.append(
+            member(f"shared/{number}", random.randbytes(number * 37 % 5000), uid=number, mode=0o644, mtime=number)
+        )
+        members.append(member("shared/last", b"%d" % number, mode=0o600))
+        if number % 5 == 1:
+            members.append(hard_link(f"shared/{number}-again", f"shared/{number}"))
+        if number % 7 == 3:
+            members.append(member(f"shared/.wh.{number - 1}"))
+        if number % 11 == 5:
+            members += [directory("cleared"), member("cleared/.wh..wh..opq"), member(f"cleared/{number}", b"new")]
+        elif number % 3 == 0:
+            members.append(member(f"cleared/{number}", b"old", mode=0o640))
+        if number % 13 == 6:
+            members += [member(".wh.swap"), directory("swap"), member(f"swap/{number}", b"dir")]
+        elif number % 13 == 12:
+            members.append(symlink("swap", "shared"))
+        if number % 17 == 9:
+            members.append(member(f"dev{number}", type=b"3", devmajor=1, devminor=number, mode=0o600))
+        archives.append(write_tar(work / f"{number}.tar", *members))
+    return archives
 
 
 def mount_erofs(layer: Path, place: Path) -> None:

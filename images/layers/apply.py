@@ -70,6 +70,8 @@ class _Applier:
         return self._size
 
     def begin(self, _: dict[str, Any]) -> None:
+        if self._body >= 0:
+            raise Corrupt("the image worker began a file inside another")
         self._body = os.open(
             str(self._bodies), os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=self._stage
         )
@@ -98,6 +100,8 @@ class _Applier:
         self._pending.append(operation)
 
     def up(self, _: dict[str, Any]) -> None:
+        if not self._pending:
+            raise Corrupt("the image worker left a directory that it had not entered")
         operation = self._pending.pop()
         self._attributes(self._here, operation)
         if self._pending:

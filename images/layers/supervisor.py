@@ -54,6 +54,11 @@ class Worker:
         self._sock.close()  # the worker ends at the end of its socket
         self._process.wait()
 
+    @property
+    def pid(self) -> int:
+        """Of the process that waits for the jailed one."""
+        return self._process.pid
+
     def start(self, job: dict[str, Any], source: int, target: int) -> None:
         """Begin a job; both descriptors stay the caller's. `result` must follow."""
         unix.send(self._sock, job, (source, target))
@@ -71,6 +76,8 @@ class Worker:
     def _receive(self) -> dict[str, Any]:
         try:
             message = unix.receive(self._sock)
+        except ConnectionResetError:  # it died with a request of ours unread
+            message = None
         except (AmbiError, OSError) as error:
             raise Internal(f"the image worker does not answer: {error}") from error
         if message is None:
