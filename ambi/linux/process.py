@@ -160,9 +160,10 @@ def become(uid: int, gid: int, groups: tuple[int, ...]) -> None:
 def reset_signals() -> None:
     """Default dispositions for all signals (Python ignores two) and an empty mask: what a program expects at its start."""
     for number in range(1, 65):
-        if number in (signal.SIGKILL, signal.SIGSTOP, 32, 33):  # 32 and 33 belong to the C library
+        if number in (32, 33):  # of the C library
             continue
-        signal.signal(number, signal.SIG_DFL)
+        if signal.getsignal(number) != signal.SIG_DFL:
+            signal.signal(number, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
 
 

@@ -4,8 +4,8 @@ Usage: .venv/bin/python scripts/bench/start.py [--rounds N] [--json FILE]
 
 One round runs each of them once, in turn; `gap 0` is back to back, `gap 0.1` sleeps a tenth of a second before each run,
 after which the kernel's first cgroup migration waits for a grace period. Ours goes through the zygote: spawn, start, exit
-event, everything removed; with all namespaces, overlay, cgroups, default seccomp. runc and crun get the same config.json
-over the plain tree, so without the overlay.
+event, everything removed; with all namespaces, overlay (of a container that is removed afterwards, so it does not sync its
+upper), cgroups, default seccomp. runc and crun get the same config.json over the plain tree, so without the overlay.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Ambi:
         home = self._base / f"i{self._count}"
         for name in ("data", "run", "upper"):
             (home / name).mkdir(parents=True)
-        config = driverkit.oci_config(["true"])
+        config = driverkit.oci_config(["true"], annotations={"ambi.disposable": "1"})
         config["linux"]["cgroupsPath"] = f"/ambi/bench-{os.getpid()}-{self._count}"
         plan = LaunchPlan(
             id=InstanceId(f"{self._count:064x}"), isolation=Isolation.CONTAINER, config=config,

@@ -19,7 +19,14 @@ def plan(tmp_path: Path, change: dict[str, Any] | None = None, **fields: Any) ->
     config = oci_config(["true"])
     config["linux"]["cgroupsPath"] = "/ambi/x"
     base = LaunchPlan(
-        InstanceId("a" * 64), Isolation.CONTAINER, _merged(config, change or {}), Directory(tmp_path), *[tmp_path] * 4
+        id=InstanceId("a" * 64),
+        isolation=Isolation.CONTAINER,
+        config=_merged(config, change or {}),
+        rootfs=Directory(tmp_path),
+        data_dir=tmp_path,
+        run_dir=tmp_path,
+        layers_dir=tmp_path,
+        guest_dir=tmp_path,
     )
     return base._replace(**fields)
 
