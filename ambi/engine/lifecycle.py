@@ -56,10 +56,7 @@ def _start(core: Core, record: Record) -> None:
         (data / "exit.json").unlink(missing_ok=True)
     except OSError as error:
         raise from_os_error(f"cannot start container {record.id}", error) from error
-    with core.mutex:
-        run = record.run
-    if run is None:
-        run = core.shims.spawn(record)
+    run = _waiting_run(core, record) or core.shims.spawn(record)
     core.wait_for(lambda: record.attaching == 0, soon())
     run.starting, record.oom_told = True, False
     try:
@@ -72,19 +69,30 @@ def _start(core: Core, record: Record) -> None:
         raise
     with core.mutex:
         run.starting = False
+        now = time.time_ns()
         state = record.state._replace(
             status=Status.RUNNING,
             pid=int(answer.get("pid") or 0),
             exit_code=0,
             error="",
             oom_killed=False,
-            started_ns=time.time_ns(),
+            started_ns=min(now, (run.exit and run.exit.finished_ns) or now),  # it may have ended before we were told
             finished_ns=0,
         )
         core.set_state(record, state)
         core.publish(record, "start")
         run.started = True
         core.finish(record, run)
+
+
+def _waiting_run(core: Core, record: Record) -> Run | None:
+    """The shim that clients have been attached to, if it still lives."""
+    with core.mutex:
+        run = record.run
+    if run is not None and run.connection.closed:
+        run.gone.wait(SHIM_END_S)
+        return None
+    return run
 
 
 def _layers(core: Core, record: Record) -> Layers:

@@ -88,23 +88,17 @@ class Shims:
         except OSError as error:
             raise from_os_error(f"cannot start container {record.id}", error) from error
         run = Run()
+        run.connection = self._zygote.spawn(
+            record.id,
+            record.row.isolation.value,
+            core.roots.instance_data(record.id),
+            run_dir,
+            on_event=lambda event: self._on_event(record, run, event),
+            on_close=lambda: self._on_close(record, run),
+        )
         with core.mutex:
-            record.run = run
-        try:
-            run.connection = self._zygote.spawn(
-                record.id,
-                record.row.isolation.value,
-                core.roots.instance_data(record.id),
-                run_dir,
-                on_event=lambda event: self._on_event(record, run, event),
-                on_close=lambda: self._on_close(record, run),
-            )
-        except BaseException:
-            with core.mutex:
-                record.run = None
-                run.gone.set()
-                core.changed.notify_all()
-            raise
+            if not run.gone.is_set():
+                record.run = run
         return run
 
     def adopt(self, record: Record) -> Run | None:
@@ -121,7 +115,8 @@ class Shims:
             return None
         run.connection = connection
         with core.mutex:
-            record.run = run
+            if not run.gone.is_set():
+                record.run = run
         return run
 
     def _on_event(self, record: Record, run: Run, event: dict[str, Any]) -> None:
