@@ -14,7 +14,7 @@ _DURATION_UNITS = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "m
 
 
 def size(count: float, digits: int = 3) -> str:
-    """`1.22MB`: powers of 1000, as `docker images`."""
+    """`1.22MB`: powers of 1000. Three digits in tables, four in sentences, as docker has it."""
     return _scaled(count, 1000, _DECIMAL, digits)
 
 
@@ -76,6 +76,18 @@ def local_time(epoch_seconds: float) -> str:
     """`2026-11-24 11:40:36 +0000 UTC`, as Go prints a local time."""
     at = time.localtime(epoch_seconds)
     return time.strftime("%Y-%m-%d %H:%M:%S %z %Z", at)
+
+
+def rfc3339(epoch_seconds: float) -> str:
+    """`2026-11-24T11:40:36Z`, or with an offset where local time has one."""
+    at = time.localtime(epoch_seconds)
+    return time.strftime("%Y-%m-%dT%H:%M:%S", at) + zone_of(at)
+
+
+def zone_of(at: time.struct_time) -> str:
+    """`Z` or `+01:00`."""
+    zone = time.strftime("%z", at)
+    return "Z" if zone == "+0000" else f"{zone[:3]}:{zone[3:]}"
 
 
 def parse_size(flag: str, text: str) -> int:

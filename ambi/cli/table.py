@@ -5,21 +5,21 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from ambi.cli.template import Template, to_json
+from ambi.cli.template import Template, to_escaped_json
 
 GAP, MIN_WIDTH = 3, 10
 
 Row = Mapping[str, object]
 
 
-def render(rows: Iterable[Sequence[str]]) -> str:
+def render(rows: Iterable[Sequence[str]], *, min_width: int = MIN_WIDTH) -> str:
     """Lines of aligned columns; the last column of a row is not padded."""
     table = [[cell.replace("\t", " ").replace("\n", " ") for cell in row] for row in rows]
     widths: list[int] = []
     for row in table:
         for place, cell in enumerate(row[:-1]):
             if place == len(widths):
-                widths.append(MIN_WIDTH)
+                widths.append(min_width)
             widths[place] = max(widths[place], len(cell) + GAP)
     lines = ("".join(cell.ljust(width) for cell, width in zip(row, [*widths, 0], strict=False)) for row in table)
     return "".join(f"{line}\n" for line in lines)
@@ -45,7 +45,7 @@ class Columns:
         out = sys.stdout.write
         if template == "json":
             for row in rows:
-                out(to_json({key: str(row[key]) for key in sorted(self._headers) if key in row}) + "\n")
+                out(to_escaped_json({key: str(row[key]) for key in sorted(self._headers) if key in row}) + "\n")
         elif template is None or template == "table":
             names = shown or self._shown
             out(render([[self._headers[n] for n in names], *([str(row[n]) for n in names] for row in rows)]))

@@ -107,8 +107,13 @@ def _or(*values: Any) -> Any:
 
 
 def to_json(value: Any) -> str:
-    text = json.dumps(dict(value) if isinstance(value, Mapping) else value, separators=(",", ":"), ensure_ascii=False)
-    for char in "&<>":  # as encoding/json does, so that output can be compared with docker's
+    return json.dumps(value, separators=(",", ":"), ensure_ascii=False)
+
+
+def to_escaped_json(value: Any) -> str:
+    """JSON as Go writes it where nobody asks it not to: safe inside HTML."""
+    text = to_json(value)
+    for char in "&<>":
         text = text.replace(char, f"\\u{ord(char):04x}")
     return text
 

@@ -1,4 +1,4 @@
-"""Golden files: what a command prints, kept in tests/cli/golden/NAME.txt. AMBI_UPDATE_GOLDEN=1 writes them anew."""
+"""Golden files: what a command prints, kept in tests/cli/golden_files/NAME.txt. AMBI_UPDATE_GOLDEN=1 writes them anew."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tests.harness import AMBI
 
-FOLDER = Path(__file__).parent / "golden"
+FOLDER = Path(__file__).parent / "golden_files"
 
 
 def run(*args: str, socket: Path | str = "/proc/none/ambi.sock", **environment: str) -> subprocess.CompletedProcess[str]:

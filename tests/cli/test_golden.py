@@ -174,7 +174,7 @@ TABLES = {
         ["inspect", "--format", "json", "web"],
     ],
 }
-TIMES = {r"20\d\d-\d\d-\d\d \d\d:\d\d:\d\d \+0000 UTC": "TIME"}
+TIMES = {r"20\d\d-\d\d-\d\dT\d\d:\d\d:\d\dZ(?!\")": "TIME", r"20\d\d-\d\d-\d\d \d\d:\d\d:\d\d \+0000 UTC": "TIME"}
 
 
 @pytest.mark.parametrize("name", TABLES)

@@ -208,7 +208,10 @@ def test_terminal(terminal: Callable[..., Terminal], isolation: str) -> None:
     it.resize(41, 121)
     it.type(b"while [ \"$(stty size)\" != '41 121' ]; do sleep 0.2; done; echo resized-$((40 + 2))\r")
     it.expect(b"resized-42")
-    it.type(b"sleep 1000\r\x03")
+    it.type(b"echo asleep-$((40 + 2)); sleep 1000\r")
+    it.expect(b"asleep-42")
+    it.type(b"\x03")
+    it.expect(b"# ")
     it.type(b"exit 7\r")
     assert it.end() == 7
 

@@ -58,7 +58,7 @@ GOOD = {
     '{{pad .Name 1 2}}|{{truncate .Name 2}}|{{split "a:b" ":"}}': " web  |we|[a b]",
     "{{.Name}}\\t{{.Id}}": "web\tabc",
     "{{true}} {{1}} {{nil}}": "true 1 <no value>",
-    '{{json "<&>"}}': '"\\u003c\\u0026\\u003e"',
+    '{{json "<&>"}}': '"<&>"',
 }
 
 

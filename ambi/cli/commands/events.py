@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from typing import Any
 
 import click
@@ -37,12 +38,10 @@ def events(app: App, filters: tuple[str, ...], template: str | None, since: str 
 
 
 def _line(event: dict[str, Any]) -> str:
-    """`2026-11-24T11:40:36.123456789+00:00 container start ID (image=..., name=...)`, as docker prints it."""
-    import time
-
+    """`2026-11-24T11:40:36.123456789Z container start ID (image=..., name=...)`, as docker prints it."""
     seconds, nanoseconds = divmod(event["timeNano"], 1_000_000_000)
-    zone = time.strftime("%z", time.localtime(seconds))
-    at = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(seconds))
+    local = time.localtime(seconds)
+    at = f"{time.strftime('%Y-%m-%dT%H:%M:%S', local)}.{nanoseconds:09}{humanize.zone_of(local)}"
     attributes = ", ".join(f"{key}={value}" for key, value in sorted((event["Actor"]["Attributes"] or {}).items()))
     tail = f" ({attributes})" if attributes else ""
-    return f"{at}.{nanoseconds:09}{zone[:3]}:{zone[3:]} {event['Type']} {event['Action']} {event['Actor']['ID']}{tail}"
+    return f"{at} {event['Type']} {event['Action']} {event['Actor']['ID']}{tail}"

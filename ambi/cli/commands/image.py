@@ -238,10 +238,10 @@ def prune(app: App, everything: bool, filters: tuple[str, ...], force: bool) -> 
         click.confirm(f"This removes all {which}. Go on?", abort=True, err=True)
     query = filter_query(filters, dangling="false" if everything else "true")
     found = app.client.post("/images/prune", query)
-    for entry in found.get("ImagesDeleted") or ():
-        for word, what in entry.items():
-            click.echo(f"{word}: {what}")
-    click.echo(f"Total reclaimed space: {humanize.size(found.get('SpaceReclaimed') or 0)}")
+    removed = [f"{word.lower()}: {what}\n" for entry in found.get("ImagesDeleted") or () for word, what in entry.items()]
+    if removed:
+        click.echo("".join(["Deleted Images:\n", *removed]))
+    click.echo(f"Total reclaimed space: {humanize.size(found.get('SpaceReclaimed') or 0, digits=4)}")
 
 
 @image.command("inspect", cls=DockerCommand)
@@ -268,12 +268,13 @@ def history(app: App, image: str, template: str | None, human: bool, no_trunc: b
     if quiet and not template:
         click.echo("".join(f"{row['ID']}\n" for row in rows), nl=False)
         return
-    HISTORY.show(rows, template)
+    plain = ("ID", "CreatedAt", "CreatedBy", "Size", "Comment")
+    HISTORY.show(rows, template, shown=None if human else plain)
 
 
 def _step(entry: dict[str, Any], *, human: bool, whole: bool) -> dict[str, object]:
-    created_by = " ".join(str(entry["CreatedBy"]).split())
-    at = humanize.local_time(entry["Created"])
+    created_by = str(entry["CreatedBy"]).replace("\t", " ")
+    at = humanize.rfc3339(entry["Created"])
     return {
         "ID": entry["Id"] if whole else entry["Id"].removeprefix("sha256:")[:12],
         "CreatedSince": humanize.ago(entry["Created"]) if human else at,

@@ -10,6 +10,8 @@ from ambi.cli.names import looked_up
 from ambi.cli.table import render
 from ambi.client.client import path_of
 
+MIN_WIDTH = 20  # docker's, for this table alone
+
 
 @click.command("top", cls=DockerCommand, context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
 @click.argument("instance", shell_complete=complete.running)
@@ -23,4 +25,4 @@ def top(app: App, instance: str, ps_options: tuple[str, ...]) -> None:
     query = {"ps_args": " ".join(ps_options)} if ps_options else {}
     with looked_up(app, instance):
         found = app.client.get(path_of("containers", instance, "top"), query)
-    click.echo(render([found["Titles"], *found["Processes"]]), nl=False)
+    click.echo(render([found["Titles"], *found["Processes"]], min_width=MIN_WIDTH), nl=False)
