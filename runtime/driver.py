@@ -39,6 +39,7 @@ class ContainerDriver:
 
     def __init__(self) -> None:
         self._starter: Starter | None = None
+        filters.warm()  # the zygote makes a driver before it forks shims, which inherit the program
 
     def probe(self) -> Features:
         return features.probe()
@@ -52,7 +53,6 @@ class ContainerDriver:
         run_dir: the run root, unused here but for naming nothing below it. Failing is no error: create does without.
         """
         del run_dir
-        filters.warm()
         if self._starter is None and cgroups.hierarchies().v1:
             try:
                 self._starter = Starter.make(cgroups.hierarchies())

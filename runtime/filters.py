@@ -31,5 +31,6 @@ def program_of(profile: dict[str, Any] | None) -> Filter:
 
 
 def warm() -> None:
-    """Compile the usual profile ahead."""
-    program_of(seccomp_profile.default_profile(DOCKER_CAPABILITIES))
+    """Compile the usual profile ahead, once in a process and its forks."""
+    if not _programs:
+        program_of(seccomp_profile.default_profile(DOCKER_CAPABILITIES))
