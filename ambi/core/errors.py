@@ -126,7 +126,7 @@ def from_os_error(what: str, error: OSError) -> AmbiError:
     where = f": {error.filename}" if error.filename else ""
     message = f"{what}{where}: {cause}"
     if error.errno in (_errno.ENOSPC, _errno.EDQUOT):
-        return StorageFull(message, hint="free space: `ambi system df` shows what uses it, `ambi image rm` removes images")
+        return StorageFull(message, hint="free space: `ambi image ls` shows what uses it, `ambi image rm` removes images")
     if error.errno in (_errno.EACCES, _errno.EPERM):
         return Forbidden(message, hint="run as root, or as a member of the group `ambi`")
     if error.errno == _errno.ENOENT:

@@ -66,7 +66,7 @@ def _disk(core: Core) -> Check:
     free = shutil.disk_usage(core.roots.data).free
     detail = f"{free >> 20} MiB free below {core.roots.data}"
     if free < _FREE_BYTES:
-        return Check("disk", "warning", detail, "free space, or move the data root: ambi engine --data-root DIRECTORY")
+        return Check("disk", "warning", detail, "free space, or move the data root: ambi --data-root DIRECTORY")
     return Check("disk", "ok", detail)
 
 

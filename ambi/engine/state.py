@@ -223,7 +223,7 @@ def _failure(error: sqlite3.OperationalError) -> AmbiError:
     if error.sqlite_errorcode == sqlite3.SQLITE_FULL:
         return StorageFull(
             "state database: no space left on device",
-            hint="free space: `ambi system df` shows what uses it, `ambi image rm` removes images",
+            hint="free space: `ambi image ls` shows what uses it, `ambi image rm` removes images",
         )
     return Internal(f"state database: {error}")
 
