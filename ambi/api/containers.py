@@ -116,7 +116,7 @@ def remove(call: Call) -> Reply:
 
 def prune(call: Call) -> Reply:
     removed, freed_bytes = call.engine.prune(call.query.filters(_PRUNE_FILTERS))
-    return json_reply({"ContainersDeleted": list(removed), "SpaceReclaimed": freed_bytes})
+    return json_reply({"ContainersDeleted": list(removed) or None, "SpaceReclaimed": freed_bytes})
 
 
 def resize(call: Call) -> Reply:
