@@ -310,6 +310,7 @@ def _oci_plan(members: Members, data: bytes, names: tuple[reference.Reference, .
 
 def _plan(config: bytes, layers: tuple[Ingest, ...], names: tuple[reference.Reference, ...], stored: bytes | None) -> Plan:
     body = parse_json(config, "config of the image archive")
+    manifest.check_config(body, f"config {digest_of(config)} of the image archive")
     if (body.get("os") or "linux") != "linux":
         raise Unsupported(f"image is for {body['os']}, not for linux")
     rootfs = body.get("rootfs")
@@ -320,9 +321,6 @@ def _plan(config: bytes, layers: tuple[Ingest, ...], names: tuple[reference.Refe
         raise Unsupported(f"image {digest_of(config)} has no layers", hint="it cannot be run")
     if len(layers) > _MAX_LAYERS:
         raise Unsupported(f"image has {len(layers)} layers, more than {_MAX_LAYERS}")
-    for key, kind in (("config", dict), ("history", list)):
-        if not isinstance(body.get(key) or kind(), kind):
-            raise Corrupt(f"config {digest_of(config)} of the image archive has a damaged {key}")
     return Plan(config, tuple(diff_ids), layers, names, stored)
 
 

@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from ambi.core.errors import Corrupt
 from images.database import LayerRow
 from images.times import format_ns
 
@@ -36,6 +37,35 @@ def imported_config(config: dict[str, Any], diff_ids: Sequence[str], created_ns:
         "os": "linux",
         "rootfs": {"diff_ids": list(diff_ids), "type": "layers"},
     })  # fmt: skip
+
+
+_TEXT, _TEXTS, _MAP = "a string", "a list of strings", "an object"
+_CONFIG_SHAPES = {
+    "Cmd": _TEXTS, "Entrypoint": _TEXTS, "Env": _TEXTS, "OnBuild": _TEXTS, "Shell": _TEXTS, "User": _TEXT,
+    "WorkingDir": _TEXT, "StopSignal": _TEXT, "ExposedPorts": _MAP, "Volumes": _MAP, "Labels": _MAP,
+}  # fmt: skip
+
+
+def check_config(body: dict[str, Any], what: str) -> None:
+    """Corrupt when a field of an OCI config has another shape than everybody who reads it expects."""
+    config = body.get("config") or {}
+    history = body.get("history") or []
+    if not isinstance(config, dict) or not isinstance(history, list) or not all(isinstance(x, dict) for x in history):
+        raise Corrupt(f"{what} has a damaged config or history")
+    for key, shape in _CONFIG_SHAPES.items():
+        if config.get(key) is not None and not _fits(config[key], shape):
+            raise Corrupt(f"{what} has a damaged {key}: it must be {shape}")
+    if any(not isinstance(x, str) for x in (config.get("Labels") or {}).values()):
+        raise Corrupt(f"{what} has a label that is not a string")
+    for key in ("architecture", "os", "author", "docker_version", "variant"):
+        if not isinstance(body.get(key) or "", str):
+            raise Corrupt(f"{what} has a damaged {key}: it must be a string")
+
+
+def _fits(value: object, shape: str) -> bool:
+    if shape == _TEXTS:
+        return isinstance(value, list) and all(isinstance(x, str) for x in value)
+    return isinstance(value, str if shape == _TEXT else dict)
 
 
 def manifest_of(config_digest: str, config_size: int, layers: Sequence[LayerRow]) -> bytes:

@@ -56,6 +56,7 @@ class Store:
         self._database = Database(root / "images.db")
         self.snapshots = Snapshots(self.content, self._database)
         self._held: dict[str, int] = {}  # diff IDs that somebody is about to use, and by how many
+        self._form: tuple[FormName, str] | None = None
         self._configs: dict[str, Image] = {}
         self.collect()
 
@@ -89,7 +90,9 @@ class Store:
 
     def layer_form(self) -> tuple[FormName, str]:
         """The form of layers for containers on this host, and why; probed once a boot."""
-        return layer_form(self.root)
+        if self._form is None:
+            self._form = layer_form(self.root)
+        return self._form
 
     def list(self) -> list[Image]:
         """All images, the newest first."""

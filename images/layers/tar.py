@@ -29,6 +29,7 @@ _KINDS = {
     b"6": "p", b"D": "d",
 }  # fmt: skip
 _EXTENSIONS = b"xgLKX"
+_NO_XATTRS: dict[bytes, bytes] = {}  # shared by all entries without any; never changed
 
 
 class Entry(NamedTuple):
@@ -238,7 +239,7 @@ class TarReader:
             real if kind == "f" else 0,
             target,
             (octal[major], octal[minor]) if kind in "cb" else (0, 0),
-            xattrs_of(path, extensions) if extensions else {},
+            xattrs_of(path, extensions) if extensions else _NO_XATTRS,
             extents,
         )
 

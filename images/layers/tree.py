@@ -20,6 +20,8 @@ from images.layers.tar import Entry
 _WHITEOUT, _META, _OPAQUE = b".wh.", b".wh..wh.", b".wh..wh..opq"
 OPAQUE_XATTR = (b"trusted.overlay.opaque", b"y")
 
+_NO_XATTRS: dict[bytes, bytes] = {}
+
 Body = int | bytes | None  # of a file: where the sink has put it, itself when small, None when empty
 
 
@@ -38,7 +40,7 @@ class Node:
         self.uid = 0
         self.gid = 0
         self.mtime_ns = 0
-        self.xattrs: dict[bytes, bytes] = {}
+        self.xattrs = _NO_XATTRS
         self.size = 0
         self.body: Body = None
         self.link = b""

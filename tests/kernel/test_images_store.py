@@ -75,6 +75,7 @@ def test_import(store: Store, busybox_tar: Path) -> None:
     assert (as_directory.path / "bin" / "busybox").stat().st_mode & 0o777 == 0o755
 
 
+@pytest.mark.needs("skopeo")
 def test_it_is_an_oci_layout_that_others_read(store: Store, short_tmp: Path) -> None:
     imported(store, "team/one:1")
     target = short_tmp / "copy"
@@ -330,6 +331,8 @@ def _damaged() -> dict[str, dict[str, bytes]]:
         "list of numbers": {**good, "manifest.json": b"[1]"},
         "blob damaged": {**oci, blob: gzip.compress(layer("2"))},
         "size of the manifest": {**oci, "index.json": json.dumps(index).encode()},
+        "config of another shape": docker_archive(plain, config=config_of(plain).replace(b'["sh"]', b'{"a": 1}')),
+        "history of numbers": docker_archive(plain, config=config_of(plain).replace(b'{"created_by": "step 0"}', b"7")),
         "hostile layer": docker_archive(tar_bytes(member("../../canary", b"x"))),
     }
 
