@@ -104,7 +104,7 @@ class Guest:
             *("-M", "microvm,pit=off,pic=off,rtc=on", "-accel", "tcg", "-cpu", "qemu64", "-m", f"{memory_mib}M"),
             *("-kernel", str(files.kernel), "-initrd", str(files.initramfs), "-append", append),
             *("-serial", f"file:{self.console}", "-global", "virtio-mmio.force-legacy=false"),
-            *("-chardev", f"socket,id=agent,fd={theirs.fileno()}", "-device", "virtio-serial-device"),
+            *("-chardev", f"socket,id=agent,fd={theirs.fileno()}", "-device", "virtio-serial-device,max_ports=2"),
             *("-device", "virtserialport,chardev=agent,name=ambi.agent"),
         ]
         if layers:

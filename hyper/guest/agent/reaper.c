@@ -16,14 +16,11 @@ static void end_like(int status) {
 }
 
 static void reap(pid_t program) {
-    int status, last = 0;
+    int status;
     pid_t pid;
-    while ((pid = waitpid(-1, &status, WNOHANG)) > 0) {
-        if (pid != program)
-            continue;
-        last = status;
-        end_like(last);
-    }
+    while ((pid = waitpid(-1, &status, WNOHANG)) > 0)
+        if (pid == program)
+            end_like(status);
 }
 
 static void run(pid_t program, const sigset_t *all) {
