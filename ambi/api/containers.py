@@ -137,9 +137,20 @@ def top(call: Call) -> Reply:
     return json_reply({"Titles": titles, "Processes": rows})
 
 
+_NOT_YET = {
+    "archive": "copying files to or from a container",
+    "changes": "listing what a container has changed",
+    "commit": "making an image of a container",
+    "export": "exporting a container",
+    "pause": "pausing a container",
+    "unpause": "pausing a container",
+    "update": "changing the limits of a container",
+}
+
+
 def refuse(call: Call) -> Reply:
     verb = call.request.target.partition("?")[0].rpartition("/")[2]
-    raise Unsupported(f"{verb} of a container is not available yet", hint="`ambi --help` lists what is")
+    raise Unsupported(f"{_NOT_YET[verb]} is not available yet", hint="`ambi --help` lists what is")
 
 
 ROUTES = (

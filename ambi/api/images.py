@@ -87,7 +87,7 @@ def create(call: Call) -> None:
     query = call.query
     source = query.text("fromSrc")
     if not source:
-        wanted = query.text("fromImage")
+        wanted = query.text("fromImage").removeprefix("docker.io/").removeprefix("library/")
         raise Unsupported(
             f"cannot pull {wanted or 'an image'}: registries are not available yet",
             hint="load or import an image: `ambi image load -i FILE`, `ambi image import FILE NAME`",

@@ -173,7 +173,9 @@ def test_events_replay_and_follow(engine: EngineUnderTest, client: RawClient) ->
         size = int(watching._line(), 16)
         for line in watching._exactly(size).splitlines():
             event = json.loads(line)
-            assert event["Type"] == "container" and event["Actor"]["Attributes"]["name"] == "cc" and event["scope"] == "local"
+            assert (
+                event["Type"] == "container" and event["Actor"]["Attributes"]["name"] == "cc" and event["scope"] == "local"
+            )
             assert event["status"] == event["Action"] and event["timeNano"] // 10**9 == event["time"]
             actions.append(event["Action"])
         watching._line()
@@ -236,7 +238,7 @@ def test_what_is_not_there_says_so(client: RawClient) -> None:
         ("POST", "/build", "building is not available"),
         ("POST", "/networks/create", "user-defined networks"),
         ("POST", "/volumes/create", "named volumes"),
-        ("POST", "/containers/x/pause", "pause of a container"),
+        ("POST", "/containers/x/pause", "pausing a container"),
     ):
         status, answer = client.call(method, path, {})
         assert status == 400 and text in answer["message"], path
