@@ -13,6 +13,7 @@ from ambi.api.networks import network_id
 from ambi.api.words import human_duration, rfc3339_nano
 from ambi.core.model import Status
 from ambi.engine.types import Instance
+from ambi.shim import record
 
 _ENDPOINT: dict[str, Any] = {
     "IPAMConfig": None, "Links": None, "Aliases": None, "MacAddress": "", "NetworkID": "", "EndpointID": "", "Gateway": "",
@@ -127,6 +128,17 @@ def inspect(instance: Instance, version: tuple[int, int]) -> dict[str, Any]:
         "Mounts": mounts(instance),
         "Config": config(instance),
         "NetworkSettings": _network_settings(instance),
+        "Ambi": _ours(instance),
+    }
+
+
+def _ours(instance: Instance) -> dict[str, Any]:
+    """What Docker has no words for; its clients ignore it. ShimPid is 0 while nothing supervises the instance."""
+    shim = record.read(instance.run_dir)
+    return {
+        "Isolation": instance.isolation.value,
+        "Workload": instance.workload.value,
+        "ShimPid": shim.pid if shim is not None and shim.alive() else 0,
     }
 
 
