@@ -175,8 +175,7 @@ def make_job(plan: LaunchPlan, group: Group, files: list[tuple[str, str]], *, pa
     """What init needs to know of `plan`. Mounts the layers, for which it runs in the shim."""
     namespaces = plan.config["linux"].get("namespaces") or ()
     config = {**plan.config, "linux": {**plan.config["linux"], "seccomp": None}}  # compiled here, not there
-    tree = [(",".join(h.controllers).removeprefix("name="), ",".join(h.controllers), f"{h.mount}{group.path}")
-            for h in cgroups.hierarchies().v1]  # fmt: skip
+    tree = [(",".join(h.controllers).removeprefix("name="), f"{h.mount}{group.path}") for h in cgroups.hierarchies().v1]
     return init.Job(
         id=plan.id,
         config=config,

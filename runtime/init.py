@@ -24,8 +24,8 @@ class Job(NamedTuple):
     """All that the child needs, prepared by the shim; made of plain values only, so that it can be marshalled.
 
     root: what rootfs.prepare returned. scratch: a directory to mount it on. files: (path inside, source on the host).
-    cgroup_joins: directories to join by migration. cgroup_tree: (name, options, host directory) for a mount of type
-    cgroup. fresh, joined: namespace types, made or entered by descriptor in the order of `joined_fds`.
+    cgroup_joins: directories to join by migration. cgroup_tree: (name, host directory) for a mount of type cgroup.
+    fresh, joined: types of namespaces to make, and to enter by the descriptors that come along, in this order.
     """
 
     id: str
@@ -34,7 +34,7 @@ class Job(NamedTuple):
     scratch: str
     files: list[tuple[str, str]]
     cgroup_joins: list[str]
-    cgroup_tree: list[tuple[str, str, str]]
+    cgroup_tree: list[tuple[str, str]]
     fresh: list[str]
     joined: list[str]
 
@@ -74,9 +74,7 @@ def _run(job: Job, given: Descriptors, doing: list[str]) -> None:
     os.umask(0)
     proc = paths.open_procfs()
     root = _make_root(job)
-    mounts.attach_all(
-        root, [mounts.parse(m) for m in job.config.get("mounts") or ()], job.cgroup_tree, "cgroup" in job.fresh
-    )
+    mounts.attach_all(root, [mounts.parse(m) for m in job.config.get("mounts") or ()], job.cgroup_tree)
     doing.append("create devices and files")
     master, slave = _fill(job, root, spec)
     doing.append("set sysctls")

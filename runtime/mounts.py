@@ -113,18 +113,17 @@ def _merge(set_now: int, clear_now: int, set_more: int, clear_more: int) -> tupl
     return set_now & ~clear_more | set_more, clear_now & ~set_more | clear_more
 
 
-def attach_all(root: int, mounts: list[Mount], cgroup_tree: list[tuple[str, str, str]], own_cgroups: bool) -> None:
+def attach_all(root: int, mounts: list[Mount], cgroup_tree: list[tuple[str, str]]) -> None:
     """Make `mounts` below `root` in order.
 
-    cgroup_tree: what a mount of type cgroup shows on a version 1 host: (name below it, options, directory on the host).
-    own_cgroups: there is a cgroup namespace, so hierarchies are mounted; else the container's directories are bound.
+    cgroup_tree: what a mount of type cgroup shows on a version 1 host: (name below it, directory on the host).
     """
     for entry in mounts:
         try:
             if entry.kind == "bind":
                 _bind(root, entry)
             elif entry.kind == "cgroup" and cgroup_tree:
-                _cgroup_v1(root, entry, cgroup_tree, own_cgroups)
+                _cgroup_v1(root, entry, cgroup_tree)
             else:
                 _filesystem(root, entry)
         except OSError as error:
@@ -199,41 +198,30 @@ def _bind(root: int, entry: Mount) -> None:
         os.close(target)
 
 
-def _cgroup_v1(root: int, entry: Mount, tree: list[tuple[str, str, str]], own: bool) -> None:
-    """A tmpfs with one directory a hierarchy, and a link for each of several controllers in one."""
+def _cgroup_v1(root: int, entry: Mount, tree: list[tuple[str, str]]) -> None:
+    """A tmpfs with one directory a hierarchy, and a link for each of several controllers in one.
+
+    The container's own groups are bound there. With a cgroup namespace these are its roots, so it sees `/` as it would in
+    a new mount of the hierarchy, which is the same file system and takes three calls more.
+    """
     target = _directory_for(root, entry)
     attributes = entry.set & ~mount.MOUNT_ATTR_RDONLY
     _attach(mount.new_mount("tmpfs", "tmpfs", (("mode", "755"),), attributes), target, entry)
     os.close(target)
     base = paths.open_in_root(root, entry.destination, paths.O_PATH | os.O_DIRECTORY)
     try:
-        for name, options, directory in tree:
+        for name, directory in tree:
             os.mkdir(name, 0o755, dir_fd=base)
             for alias in name.split(",") if "," in name else ():
                 os.symlink(name, alias, dir_fd=base)
-            place = paths.openat2(base, name, paths.O_PATH | os.O_DIRECTORY, paths.RESOLVE_BENEATH)
-            if own:
-                made = mount.new_mount("cgroup", "cgroup", _v1_options(options), entry.set)
-            else:
-                made = mount.open_tree(mount.AT_FDCWD, directory, mount.OPEN_TREE_CLONE)
-                mount.mount_setattr(made, set=entry.set)
-            mount.move_mount(made, place)
+            made = mount.open_tree(mount.AT_FDCWD, directory, mount.OPEN_TREE_CLONE)
+            mount.mount_setattr(made, set=entry.set)
+            mount.move_mount(made, base, name)
             os.close(made)
-            os.close(place)
         if entry.set & mount.MOUNT_ATTR_RDONLY:
             mount.mount_setattr(base, set=mount.MOUNT_ATTR_RDONLY)
     finally:
         os.close(base)
-
-
-def _v1_options(options: str) -> tuple[tuple[str, str | None], ...]:
-    found: list[tuple[str, str | None]] = []
-    for word in options.split(","):
-        key, equals, value = word.partition("=")
-        found.append((key, value if equals else None))
-    if options.startswith("name="):
-        found.append(("none", None))
-    return tuple(found)
 
 
 def bind_file(root: int, source: str, path: str) -> None:
