@@ -78,6 +78,7 @@ def start(core: Core, exec_id: str, wanted: StartRequest) -> None:
         if item.started:
             raise Conflict(f"Error: Exec command {item.id} is already running")
         item.started = True
+        item.answered.clear()
     body = Body("ExecConfig", item.config)
     try:
         request = _fields(record, item, body, wanted)
@@ -85,6 +86,7 @@ def start(core: Core, exec_id: str, wanted: StartRequest) -> None:
             wanted.write_head()
     except BaseException:
         item.started = False
+        item.answered.set()
         raise
     core.publish(record, f"exec_start: {_command(item)}", execID=item.id)
     fds = [wanted.sock.fileno()] if wanted.attach is not None and wanted.sock is not None else []
@@ -94,6 +96,8 @@ def start(core: Core, exec_id: str, wanted: StartRequest) -> None:
         code = 127 if error.exit_status == 127 else 126
         ended(core, record, item.id, 137 if isinstance(error, Unavailable) else code)
         raise
+    finally:
+        item.answered.set()
     with core.mutex:
         item.pid = int(answer.get("pid") or 0)
 
@@ -156,7 +160,8 @@ def ended(core: Core, record: Record, exec_id: str, code: int) -> None:
 
 
 def get(core: Core, exec_id: str) -> Exec:
-    """A client asks for the exit code as soon as its stream has ended, which the shim may have told it before us."""
+    """A client asks for the exit code as soon as its stream has ended, which the shim may have told it before us; of a
+    program that cannot run, the shim knows nothing any more once it has answered."""
     item = core.registry.find_exec(exec_id)
     run = item.instance.run
     if item.started and item.exit_code is None and run is not None:
@@ -167,6 +172,8 @@ def get(core: Core, exec_id: str) -> Exec:
         status = (execs.get(item.id) or {}).get("exit")
         if status is not None:
             ended(core, item.instance, item.id, int(status["code"]))
+        else:
+            item.answered.wait(CALL_S)
     with core.mutex:
         return item.snapshot()
 

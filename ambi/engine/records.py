@@ -38,14 +38,16 @@ class Run:
 
 
 class ExecRecord:
-    """One exec. Changed under the engine's mutex."""
+    """One exec. Changed under the engine's mutex. `answered` is clear while the shim is asked to start it."""
 
-    __slots__ = ("config", "exit_code", "id", "instance", "pid", "started")
+    __slots__ = ("answered", "config", "exit_code", "id", "instance", "pid", "started")
 
     def __init__(self, exec_id: ExecId, instance: Record, config: dict[str, object]) -> None:
         self.id = exec_id
         self.instance = instance
         self.config = config
+        self.answered = threading.Event()
+        self.answered.set()
         self.pid = 0
         self.started = False
         self.exit_code: int | None = None
