@@ -7,22 +7,20 @@ what a manifest names is kept. Every digest and diff ID is checked. Layers of an
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
-from ambi.core.errors import AmbiError, Corrupt, Internal, InvalidRequest, Unsupported, from_os_error
+from ambi.core.errors import Corrupt, InvalidRequest, Unsupported
 from ambi.core.events import Progress, ProgressSink
 from images import manifest, reference
-from images.content import ContentStore, Ingest, digest_of, parse_json
+from images.content import Ingest, digest_of, parse_json
 from images.database import LayerRow
 from images.importer import NewLayer, layer_row
 from images.layers.decoder import compression_of
-from images.layers.frames import FrameReader
-from images.layers.supervisor import Worker, pipe, write_all
+from images.layers.supervisor import Worker
+from images.members import Members, clean, split
 
 if TYPE_CHECKING:
     from images.store import Store
@@ -46,69 +44,10 @@ class Plan(NamedTuple):
     manifest: bytes | None
 
 
-class Members:
-    """The files of an archive by cleaned name, with its links followed; `with` removes what was not published."""
-
-    def __init__(self) -> None:
-        self._files: dict[str, Ingest] = {}
-        self._links: dict[str, str] = {}
-
-    def __enter__(self) -> Members:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for file in self._files.values():
-            file.discard()
-
-    def add(self, name: str, file: Ingest) -> None:
-        old = self._files.pop(name, None)
-        if old is not None:
-            old.discard()
-        self._files[name] = file
-        if len(self._files) + len(self._links) > _MAX_MEMBERS:
-            raise Corrupt(f"image archive has more than {_MAX_MEMBERS} members")
-
-    def link(self, name: str, target: str) -> None:
-        self._links[name] = target
-        if len(self._files) + len(self._links) > _MAX_MEMBERS:
-            raise Corrupt(f"image archive has more than {_MAX_MEMBERS} members")
-
-    def find(self, name: str) -> Ingest | None:
-        """The file `name`, through at most eight links."""
-        for _ in range(8):
-            found = self._files.get(name)
-            if found is not None:
-                return found
-            if name not in self._links:
-                return None
-            name = self._links[name]
-        return None
-
-    def get(self, name: str) -> Ingest:
-        found = self.find(name)
-        if found is None:
-            raise Corrupt(f"image archive lacks {name}", hint="save the image again; the archive is not complete")
-        return found
-
-    def blob(self, descriptor: object, what: str) -> Ingest:
-        """The blob of an OCI descriptor, its digest and size checked."""
-        if not isinstance(descriptor, dict):
-            raise Corrupt(f"image archive has a damaged descriptor of {what}")
-        digest, size = descriptor.get("digest"), descriptor.get("size")
-        if not isinstance(digest, str) or not digest.startswith("sha256:"):
-            raise Corrupt(f"{what} of the image archive has the digest {digest!r}, which is not sha256")
-        found = self.get(f"blobs/sha256/{digest[7:]}")
-        if found.digest != digest:
-            raise Corrupt(f"{what} {digest} of the image archive is damaged: its digest is {found.digest}")
-        if size is not None and size != found.size:
-            raise Corrupt(f"{what} {digest} of the image archive has {found.size} bytes, its descriptor says {size}")
-        return found
-
-
 def load(store: Store, source: BinaryIO, progress: ProgressSink) -> list[Any]:
     """The images of the archive, in its order. Nothing is stored of one that is refused; those before it stay."""
     with Members() as members:
-        _split(store.content, source, members, progress)
+        split(store.content, source, members, progress)
         if members.find(_DOCKER) is not None:
             plans = _docker_plans(members)
         elif members.find(_OCI) is not None:
@@ -126,98 +65,6 @@ def check_diff_id(found: str, wanted: str, what: str) -> None:
         raise Corrupt(f"layer {what} is damaged: its content has the digest {found}, the image says {wanted}")
 
 
-def _split(content: ContentStore, source: BinaryIO, members: Members, progress: ProgressSink) -> None:
-    """Feed the worker from a thread of its own, and take the members as they come."""
-    feed_end, feed = pipe()
-    take, give = pipe()
-    failure: list[BaseException] = []
-
-    def pump() -> None:
-        try:
-            done = 0
-            while chunk := source.read(_READ):
-                write_all(feed, chunk)
-                done += len(chunk)
-                if done % (8 << 20) < _READ:
-                    progress(Progress("", "Loading", done, 0))
-        except BrokenPipeError:
-            pass  # the worker has refused the archive, and its answer says why
-        except BaseException as error:
-            failure.append(error)
-        finally:
-            os.close(feed)
-
-    open_here = [feed_end, give]
-    try:
-        with Worker() as worker:
-            worker.start({"do": "split"}, feed_end, give)
-            while open_here:
-                os.close(open_here.pop())
-            pumping = threading.Thread(target=pump, name="load")
-            pumping.start()
-            broken: AmbiError | None = None
-            try:
-                _take(content, FrameReader(take), members)
-            except AmbiError as error:
-                broken = error
-            finally:
-                os.close(take)
-                take = -1
-                try:
-                    answer_error = _outcome(worker)
-                finally:
-                    pumping.join()
-            if failure:
-                raise failure[0]
-            if broken is not None and (answer_error is None or isinstance(answer_error, Internal)):
-                raise broken  # the worker only saw its pipe close
-            if answer_error is not None:
-                raise answer_error
-    except OSError as error:
-        raise from_os_error("cannot load the archive", error) from error
-    finally:
-        for fd in (*open_here, take):
-            if fd >= 0:
-                os.close(fd)
-
-
-def _outcome(worker: Worker) -> AmbiError | None:
-    try:
-        worker.result()
-    except AmbiError as error:
-        return error
-    return None
-
-
-def _take(content: ContentStore, frames: FrameReader, members: Members) -> None:
-    while (frame := frames.frame()) is not None and not frame.get("end"):
-        name, kind = _clean(str(frame["name"])), frame["kind"]
-        if kind == "f":
-            file = content.ingest()
-            try:
-                frames.copy(frame["data"], file.write)
-            except BaseException:
-                file.discard()
-                raise
-            members.add(name, file)
-        elif kind in ("h", "l"):
-            link = str(frame["link"])
-            members.link(name, _clean(link if kind == "h" else str(PurePosixPath(name).parent / link)))
-        elif kind != "d":
-            raise Corrupt(f"image archive has {name}, which is neither a file nor a link nor a directory")
-
-
-def _clean(name: str) -> str:
-    """`name` without `.`, and `..` applied; it is only ever a key."""
-    parts: list[str] = []
-    for part in name.encode("latin-1").decode("utf-8", "surrogateescape").split("/"):
-        if part == "..":
-            del parts[-1:]
-        elif part not in ("", "."):
-            parts.append(part)
-    return "/".join(parts)
-
-
 def _docker_plans(members: Members) -> list[Plan]:
     import json
 
@@ -229,12 +76,12 @@ def _docker_plans(members: Members) -> list[Plan]:
 
 
 def _docker_plan(members: Members, entry: dict[str, Any]) -> Plan:
-    config_name = _clean(str(entry["Config"]))
+    config_name = clean(str(entry["Config"]))
     file = members.get(config_name)
     named = config_name.removesuffix(".json").rpartition("/")[2]
     if len(named) == 64 and file.digest != f"sha256:{named}":
         raise Corrupt(f"config {config_name} of the image archive is damaged: its digest is {file.digest}")
-    layers = tuple(members.get(_clean(str(name))) for name in entry["Layers"] or ())
+    layers = tuple(members.get(clean(str(name))) for name in entry["Layers"] or ())
     for name, layer in zip(entry["Layers"] or (), layers, strict=True):
         if name.startswith("blobs/sha256/") and layer.digest != f"sha256:{name[13:]}":
             raise Corrupt(f"layer {name} of the image archive is damaged: its digest is {layer.digest}")

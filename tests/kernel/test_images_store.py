@@ -356,6 +356,39 @@ def test_archives_of_something_else(store: Store) -> None:
     assert files(store) == set()
 
 
+def test_image_archives_that_end_early(store: Store) -> None:
+    whole = pack(docker_archive(layer("1"), layer("2"))).getvalue()
+    for data in (b"", whole[:700], whole[: len(whole) // 2], gzip.compress(whole)[:-30]):
+        with pytest.raises((Corrupt, InvalidRequest)):
+            store.load(io.BytesIO(data))
+        assert files(store) == set()
+
+
+def test_a_client_that_leaves_a_load(store: Store) -> None:
+    class Gone(io.BytesIO):
+        def read(self, size: int | None = -1) -> bytes:
+            data = super().read(1000)
+            if not data:
+                raise ConnectionResetError("the client has gone")
+            return data
+
+    with pytest.raises(ConnectionResetError):
+        store.load(Gone(pack(docker_archive(layer("1"))).getvalue()[:5000]))
+    assert files(store) == set()
+
+
+def test_a_held_layer_outlives_its_image(store: Store) -> None:
+    base = layer("base")
+    (one,) = store.load(pack(docker_archive(base)))
+    (path,) = [x.path for x in store.layers(one, "erofs")]
+    with store.hold(one.layers):
+        store.remove("app:1", in_use=nobody)
+        assert path.exists()
+        assert store.known_layer(one.layers[0]) is not None
+    store.collect()
+    assert not path.exists()
+
+
 def test_hostile_archives_touch_nothing_outside(store: Store, short_tmp: Path) -> None:
     """Links out of the layer and writes through them, in both forms, beside a directory that must not change."""
     canary = short_tmp / "canary"
