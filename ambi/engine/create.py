@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -69,7 +70,7 @@ def _create(core: Core, name: str | None, asked: CreateSpec, image: Image) -> In
         data = core.roots.instance_data(id)
         try:
             data.mkdir(0o710)
-            undo.add(f"remove {data}", lambda: _discard(data))
+            undo.add(f"remove {data}", lambda: shutil.rmtree(data))
             (data / UPPER).mkdir(0o700)
             write_record(data, row)
         except OSError as error:
@@ -86,12 +87,6 @@ def _familiar(name: str) -> str:
     """`name` with the tag that Docker adds to it in its answer."""
     last = name.rpartition("/")[2]
     return name if ":" in last or "@" in name else f"{name}:latest"
-
-
-def _discard(data: Path) -> None:
-    (data / RECORD_FILE).unlink(missing_ok=True)
-    (data / UPPER).rmdir()
-    data.rmdir()
 
 
 def write_record(data: Path, row: Row) -> None:
@@ -143,6 +138,10 @@ def write_whole(path: Path, text: str) -> None:
     """Have `path` appear with `text` by rename, readable by root alone."""
     beside = f"{path}.new"
     fd = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-    with open(fd, "w", encoding="utf-8", errors="surrogateescape") as file:
-        file.write(text)
-    os.rename(beside, path)
+    try:
+        with open(fd, "w", encoding="utf-8", errors="surrogateescape") as file:
+            file.write(text)
+        os.rename(beside, path)
+    except OSError:
+        os.unlink(beside)
+        raise

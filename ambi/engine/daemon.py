@@ -201,6 +201,7 @@ def _log_to(path: Path) -> None:
     ]
     if os.isatty(2):
         handlers.append(logging.StreamHandler())
+    logging.raiseExceptions = False  # a full disk is no reason to write tracebacks to where nobody reads
     logging.basicConfig(
         level=logging.INFO, handlers=handlers, format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True
     )

@@ -33,10 +33,16 @@ class Parting(NamedTuple):
 
 
 def write_exit(data_dir: str, status: ExitStatus) -> ExitStatus:
-    """Have `exit.json` appear whole; returns what it says, with the time filled in."""
+    """Have `exit.json` appear whole; returns what it says, with the time filled in.
+
+    On a full disk there is none; who listens is told all the same.
+    """
     if not status.finished_ns:
         status = status._replace(finished_ns=time.time_ns())
-    write_whole(os.path.join(data_dir, EXIT_FILE), json.dumps(status._asdict()).encode())
+    try:
+        write_whole(os.path.join(data_dir, EXIT_FILE), json.dumps(status._asdict()).encode())
+    except OSError as error:
+        os.write(2, f"shim[{os.getpid()}]: cannot write {data_dir}/{EXIT_FILE}: {error.strerror}\n".encode())
     return status
 
 

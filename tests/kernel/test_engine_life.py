@@ -23,6 +23,7 @@ from ambi.core.errors import (
     InvalidRequest,
     NotFound,
     NotModified,
+    StorageFull,
     Unsupported,
 )
 from ambi.core.model import InstanceId, Status
@@ -506,3 +507,41 @@ def test_a_removed_image_leaves_no_mounted_layer(engine: Engine, roots: Roots) -
     engine.remove(engine.list(all=True, filters={})[0].id)
     engine.images.remove("busybox")
     until(lambda: not any(path.exists() for path in mounted), "the end of the mounts")
+
+
+@pytest.fixture
+def small_disk(roots: Roots) -> Iterator[None]:
+    """The data root is a file system of 200 MiB; the image store keeps some of a disk free."""
+    roots.data.mkdir(mode=0o711)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=200m", "tmpfs", roots.data], check=True)
+    yield
+    subprocess.run(["umount", "-l", roots.data], check=True)
+
+
+def test_a_full_disk_leaves_nothing_half_made(small_disk: None, engine: Engine, roots: Roots) -> None:
+    kept = created(engine, "true", name="kept")
+    running = created(engine, "sleep", "0.5")
+    ticket = engine.wait(running, "next-exit")
+    engine.start(running)
+    fill(roots.data / "ballast")
+    with pytest.raises(StorageFull) as caught:
+        for _ in range(2000):  # a page of the journal may still have room for some
+            created(engine, "true")
+    assert caught.value.hint
+    assert ticket.result(soon()).code == 0
+    (roots.data / "ballast").unlink()
+    present = {path.name for path in (roots.data / "instances").iterdir()}
+    assert present == {i.id for i in engine.list(all=True, filters={})}
+    assert engine.get("kept").id == kept
+    assert ran(engine, "true")[0] == 0
+
+
+def fill(path: Path) -> None:
+    """Write until there is no room."""
+    with open(path, "wb", buffering=0) as file:
+        for size in (1 << 20, 4096, 1):
+            try:
+                while True:
+                    file.write(b"x" * size)
+            except OSError:
+                continue
