@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import BinaryIO, NamedTuple
 
-from ambi.core.errors import Corrupt, from_os_error
+from ambi.core.errors import Corrupt, StorageFull, Unsupported, from_os_error
 from ambi.core.events import Progress, ProgressSink
 from images.content import ContentStore, Ingest
 from images.database import LayerRow
@@ -16,6 +18,16 @@ from images.snapshots import EROFS, FormName, Prepared, Snapshots, discard
 
 _READ = 256 << 10
 _STEP = 8 << 20  # bytes between two reports of progress
+
+
+@contextmanager
+def about(what: str) -> Iterator[None]:
+    """Errors of an archive say what they stopped (`cannot import box:latest`), and how to look at the archive."""
+    try:
+        yield
+    except (Corrupt, StorageFull, Unsupported) as error:
+        hint = error.hint or "look at the archive: tar -tvf FILE"
+        raise type(error)(f"{what}: {error.message}", hint=hint) from error
 
 
 class NewLayer(NamedTuple):

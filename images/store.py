@@ -30,7 +30,7 @@ from images import archive, bootstrap, manifest, reference, removal
 from images.changes import apply_changes
 from images.content import ContentStore, Ingest
 from images.database import Database, ImageRow, LayerRow
-from images.importer import NewLayer, receive_layer
+from images.importer import NewLayer, about, receive_layer
 from images.layers.supervisor import Worker
 from images.model import HistoryStep, Image, Removed
 from images.probe import layer_form
@@ -217,7 +217,8 @@ class Store:
         apply_changes(config, changes)
         form = self.layer_form()[0]
         created = time.time_ns() if created_ns is None else created_ns
-        layer = receive_layer(source, form, content=self.content, snapshots=self.snapshots, progress=progress)
+        with about(f"cannot import {wanted.familiar if wanted else 'the archive'}"):
+            layer = receive_layer(source, form, content=self.content, snapshots=self.snapshots, progress=progress)
         try:
             text = message or "Imported from -"
             body = manifest.imported_config(config, [layer.row.diff_id], created, text)
@@ -227,7 +228,8 @@ class Store:
 
     def load(self, source: BinaryIO, *, progress: ProgressSink = ignore) -> Images:
         """The images of an archive as `docker save` or an OCI tool writes it, compressed or not."""
-        return archive.load(self, source, progress)
+        with about("cannot load the archive"):
+            return archive.load(self, source, progress)
 
     def bootstrap(
         self, suite: str, name: str = "", *, packages: Sequence[str] = (), progress: ProgressSink = ignore

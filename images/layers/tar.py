@@ -140,6 +140,8 @@ class TarReader:
         parts = []
         while count:
             if not self._fill():
+                if self.offset < _BLOCK:
+                    raise Corrupt(f"not a tar archive: it has {self.offset} bytes")
                 raise Corrupt(f"archive is cut short at byte {self.offset}")
             part = self._chunk[self._position : self._position + count]
             self._position += len(part)

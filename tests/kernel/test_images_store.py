@@ -142,8 +142,9 @@ def test_one_store_has_one_owner(store: Store) -> None:
     "data", [b"", b"no tar at all" * 100, gzip.compress(b"x" * 5000)[:-20], tar_bytes(member("../x", b"y"))]
 )
 def test_a_bad_archive_leaves_nothing(store: Store, data: bytes) -> None:
-    with pytest.raises(Corrupt):
+    with pytest.raises(Corrupt, match="cannot import bad:latest: ") as refused:
         store.import_tar(io.BytesIO(data), "bad")
+    assert refused.value.hint
     assert (files(store), store.list()) == (set(), [])
 
 
