@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
 import time
 from collections.abc import Callable
@@ -11,7 +12,7 @@ from typing import Any
 
 from ambi.core.deadline import Deadline
 from ambi.core.driver import Streams
-from ambi.core.errors import Conflict, InvalidRequest
+from ambi.core.errors import Conflict, DeadlineExceeded, InvalidRequest
 from ambi.core.loop import POLLIN, Loop
 from ambi.core.model import ExitStatus, Status, Usage
 from ambi.core.undo import Undo
@@ -30,6 +31,7 @@ class ContainerProcess:
         self._streams, self._has_terminal = streams, has_terminal
         self._exit: ExitStatus | None = None
         self._oom_kills_before = group.oom_kills()
+        self._loop: Loop | None = None
         self.on_exit: Callable[[ExitStatus], None] | None = None
         self.on_reaped: Callable[[], None] | None = None  # the container's own, before on_exit
 
@@ -51,22 +53,28 @@ class ContainerProcess:
 
     def watch(self, loop: Loop) -> None:
         """From now on `loop` notices the end."""
+        self._loop = loop
+        loop.watch(self._pidfd, POLLIN, lambda _: self.reap(Deadline.never()))
 
-        def ended(_: int) -> None:
-            loop.unwatch(self._pidfd)
-            self.reap()
+    def reap(self, by: Deadline) -> None:
+        """Wait for the process, which has ended or is about to, and tell whoever waits; releases the pidfd.
 
-        loop.watch(self._pidfd, POLLIN, ended)
-
-    def reap(self) -> None:
-        """Wait for the process, which has ended or is about to, and tell whoever waits."""
+        Raises DeadlineExceeded when it is still there at `by`, as one in an uninterruptible call is.
+        """
         if self._exit is not None:
             return
+        poll, left = select.poll(), by.remaining()
+        poll.register(self._pidfd, select.POLLIN)
+        if not poll.poll(None if left is None else int(left * 1000 + 0.999)):
+            raise DeadlineExceeded(f"process {self._pid} did not end in time", hint=f"cat /proc/{self._pid}/stack")
         result = os.waitid(os.P_PIDFD, self._pidfd, os.WEXITED)
         assert result is not None  # without WNOHANG
         code = result.si_status if result.si_code == os.CLD_EXITED else 128 + result.si_status
         killed = self._group.oom_kills() > self._oom_kills_before
         self._exit = ExitStatus(code, "", killed, time.time_ns())
+        if self._loop is not None:
+            self._loop.unwatch(self._pidfd)
+        os.close(self._pidfd)
         if self.on_reaped is not None:
             self.on_reaped()
         if self.on_exit is not None:
@@ -87,13 +95,6 @@ class ContainerProcess:
                 terminal.set_size(self._streams.stdout, rows, columns)
             except OSError:  # the shim has closed it: the process is ending
                 pass
-
-    def close(self, loop: Loop) -> None:
-        """Release the pidfd; the streams belong to their receiver."""
-        if self._pidfd >= 0:
-            loop.unwatch(self._pidfd)
-            os.close(self._pidfd)
-            self._pidfd = -1
 
 
 class Stdio:
@@ -227,20 +228,17 @@ class Container:
             self._group.kill()
 
     def delete(self, by: Deadline) -> None:
-        if self._init.exit is None:
-            self._init.signal(signal.SIGKILL)
-            self._init.reap()
+        self._init.signal(signal.SIGKILL)
+        self._init.reap(by)
         self._group.kill()
         for process_ in self._execs:
-            process_.reap()
+            process_.reap(by)
         self._last_usage = self._last_usage or self._group.usage()
         self._group.remove(by)
         remove_files(self._files)
         if self._channel is not None:
             self._channel.close()
             self._channel = None
-        for process_ in (self._init, *self._execs):
-            process_.close(self._loop)
         self._execs = []
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from typing import Any, NamedTuple, NoReturn
 
+from ambi.core.errors import Conflict
 from ambi.linux import paths, process
 from runtime import finish, init, spawn, terminal, users
 
@@ -44,7 +45,10 @@ def help_to(job: Job, channel: spawn.Channel, stdio: list[int]) -> NoReturn:
         for directory in job.joins:
             with open(f"{directory}/cgroup.procs", "wb", buffering=0) as file:
                 file.write(b"0")
-        process.setns(job.init_pidfd, _FLAGS)
+        try:
+            process.setns(job.init_pidfd, _FLAGS)
+        except ProcessLookupError:  # it has ended, and the shim does not know yet
+            raise Conflict("cannot exec in a stopped container") from None
         child = spawn.clone(process.CLONE_PARENT, lambda: _run(job, channel, stdio, proc), cgroup=job.cgroup)
         channel.send("pid", child.pid)
         os._exit(0)

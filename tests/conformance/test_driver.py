@@ -348,6 +348,14 @@ def test_exec_ends_with_init(rig: Rig) -> None:
             running.start_exec(["true"])
 
 
+def test_execs_leave_no_descriptors(idle: Running) -> None:
+    idle.exec(["true"])
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(3):
+        idle.exec(["true"], stdin=b"")
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
 def test_full_stdout_blocks_nothing_else(rig: Rig) -> None:
     loop = Loop()
     created = rig.create(rig.plan(["sh", "-c", "yes"]), loop)
