@@ -8,6 +8,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/syscall.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
 static void load(const char *name) {
@@ -39,13 +40,29 @@ void modules_load(const char *group) {
     }
 }
 
-static void load_for_device(const char *device) {
-    char path[320], number[32], group[48];
-    snprintf(path, sizeof(path), "/sys/bus/virtio/devices/%s/device", device);
-    if (read_file(path, number, sizeof(number)) <= 0)
+static pid_t background;
+
+/* Disks are read for partitions while their driver is loaded; a process of its own waits for that. */
+static void load_in_background(const char *group) {
+    background = fork();
+    if (background > 0)
         return;
-    snprintf(group, sizeof(group), "virtio:%lu", strtoul(number, NULL, 16));
     modules_load(group);
+    if (background == 0)
+        _exit(0);
+}
+
+void modules_settle(void) {
+    while (background > 0 && waitpid(background, NULL, 0) < 0 && errno == EINTR)
+        ;
+    background = 0;
+}
+
+/* The type of a virtio device, as in the virtio specification, chapter 5; 0 when it is gone. */
+static unsigned long type_of(const char *device) {
+    char path[320], number[32];
+    snprintf(path, sizeof(path), "/sys/bus/virtio/devices/%s/device", device);
+    return read_file(path, number, sizeof(number)) > 0 ? strtoul(number, NULL, 16) : 0;
 }
 
 static bool has_entries(const char *path) {
@@ -59,16 +76,38 @@ static bool has_entries(const char *path) {
     return found;
 }
 
+/* Those of the types that are there, as bits; types above 63 are none of ours. */
+static uint64_t present_types(void) {
+    DIR *devices = opendir("/sys/bus/virtio/devices");
+    uint64_t types = 0;
+    if (!devices)
+        return 0;
+    for (struct dirent *entry; (entry = readdir(devices));) {
+        unsigned long type = entry->d_name[0] == '.' ? 0 : type_of(entry->d_name);
+        if (type && type < 64)
+            types |= UINT64_C(1) << type;
+    }
+    closedir(devices);
+    return types;
+}
+
 void modules_load_for_devices(void) {
+    enum { BLOCK = 2, CONSOLE = 3 };
     if (has_entries("/sys/bus/pci/devices"))
         modules_load("pci");
     modules_load("mmio");
-    modules_load("virtio:3"); /* first: the host names its ports while we load the others */
-    DIR *devices = opendir("/sys/bus/virtio/devices");
-    if (!devices)
-        return;
-    for (struct dirent *entry; (entry = readdir(devices));)
-        if (entry->d_name[0] != '.')
-            load_for_device(entry->d_name);
-    closedir(devices);
+    uint64_t types = present_types();
+    if (types >> BLOCK & 1)
+        load_in_background("virtio:2");
+    modules_load("virtio:3"); /* early: the host names its ports while we load the others */
+    for (unsigned type = 1; type < 64; type++) {
+        char group[16];
+        snprintf(group, sizeof(group), "virtio:%u", type);
+        if ((types >> type & 1) && type != BLOCK && type != CONSOLE)
+            modules_load(group);
+    }
+    if (types >> BLOCK & 1) {
+        modules_load("erofs");
+        modules_load("overlay");
+    }
 }

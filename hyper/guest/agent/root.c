@@ -152,6 +152,7 @@ static int mount_root(const struct setup *setup, struct error *e) {
 }
 
 int root_assemble(const struct setup *setup, struct error *e) {
+    modules_settle();
     mkdir(ROOT, 0755);
     if (mount_root(setup, e) < 0)
         return -1;
