@@ -20,6 +20,8 @@ Fields of config.json that mean something of their own here:
 - `linux.cgroupsPath` is always given and absolute. `root.path` is ignored, `root.readonly` counts.
 - `process.args[0]` is looked up along PATH of `process.env` inside the root by the driver.
 - a network namespace without path means a fresh one in which only `lo` is up.
+- `annotations`: `ambi.init` = `1` runs the program under a reaping init of ours (docker's --init); `ambi.disposable` = `1`
+  says that the upper is worthless after this run, so that its file system need not be synced when the run ends.
 - a mount of type `bind` has an absolute source on the host; the engine has checked that it exists.
 """
 
