@@ -21,8 +21,8 @@ _CACHE = "layer-form.json"
 
 
 def layer_form(root: Path) -> tuple[Literal["erofs", "dir"], str]:
-    """`("erofs" | "dir", why)` for the store at `root`; asked once a boot, and kept in `layer-form.json`."""
-    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    """`("erofs" | "dir", why)` for the store at `root`; asked once a boot and device, and kept in `layer-form.json`."""
+    boot = f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {root.stat().st_dev}"
     cache = root / _CACHE
     try:
         known = json.loads(cache.read_bytes())
