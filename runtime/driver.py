@@ -9,7 +9,7 @@ from typing import Any, ClassVar, NoReturn
 
 from ambi.core.deadline import Deadline
 from ambi.core.driver import Features, Problem
-from ambi.core.errors import InvalidRequest, NotFound, from_os_error
+from ambi.core.errors import Internal, InvalidRequest, NotFound, from_os_error
 from ambi.core.loop import Loop
 from ambi.core.model import Isolation
 from ambi.core.plan import LaunchPlan
@@ -115,7 +115,11 @@ class ContainerDriver:
         try:
             fds = [fd for _, fd in joined]
             if starter is not None:
-                return starter.start(job, theirs, fds, by)
+                try:
+                    return starter.start(job, theirs, fds, by)
+                except (OSError, Internal):  # it was killed; its cgroups are there, and what it would have done is done here
+                    starter.close()
+                    job = job._replace(cgroup_joins=group.joins)
             ours, end = spawn.Channel.pair()
             given = init.Descriptors(end, theirs, fds)
             if "pid" in job.joined:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import select
+import signal
 import subprocess
 import time
 from pathlib import Path, PurePosixPath
@@ -163,6 +165,16 @@ def test_parked_start_with_terminal_and_failure(rig: Rig) -> None:
 def test_parked_elsewhere_is_discarded(rig: Rig) -> None:
     _parked(rig)
     assert rig.run(["true"], linux={"cgroupsPath": f"/ambi-elsewhere-{os.getpid()}"}).code == 0
+    assert not _parking_places()
+
+
+def test_killed_starter_is_done_without(rig: Rig) -> None:
+    """At the worst moment: it has said that it waits, and is gone when the job comes."""
+    driver = _parked(rig)
+    if driver._starter is not None:
+        select.select([driver._starter._channel.fd], [], [], 10)
+        os.kill(driver._starter._child.pid, signal.SIGKILL)
+    assert rig.run(["echo", "hi"]).out == b"hi\n"
     assert not _parking_places()
 
 
