@@ -22,7 +22,7 @@ from hyper.qemu.cgroup import Cgroup
 from hyper.qemu.machine import CONSOLE_FILE, VirtualMachine
 
 NO_QEMU = Problem("there is no QEMU", "apt-get install qemu-system-x86")
-NO_VIRTIOFSD = Problem("bind mounts into a virtual machine need virtiofsd", "apt-get install qemu-system-common")
+NO_VIRTIOFSD = Problem("bind mounts into a virtual machine need virtiofsd", share.INSTALL)
 TCG_LINE = "virtual machines run emulated (TCG), many times slower than with KVM"
 
 
@@ -37,7 +37,7 @@ class VmDriver:
             return Features(NO_QEMU, {"qemu": "not found"})
         host = probe.host()
         accelerator = "kvm" if host.kvm else f"tcg ({TCG_LINE}: {host.kvm_problem})"
-        details = {"qemu": qemu, "accelerator": accelerator, "virtiofsd": share.program() or "not found"}
+        details = {"qemu": qemu, "accelerator": accelerator, "virtiofsd": share.program() or f"not found, so no bind mounts: {share.INSTALL}"}
         return Features(None, details)
 
     def check(self, plan: LaunchPlan) -> list[Problem]:

@@ -48,6 +48,10 @@ missing() {
     done
 }
 
+package_lists() {
+    [ -n "$(ls /var/lib/apt/lists/*Packages* 2> /dev/null)" ] || step "Debian package lists" "check the network and /etc/apt" apt-get update -q
+}
+
 # virtiofsd is a package of its own from Debian 13 on, part of qemu-system-common before.
 virtiofsd_package() {
     if apt-cache show virtiofsd > /dev/null 2>&1; then echo virtiofsd; else echo qemu-system-common; fi
@@ -57,12 +61,12 @@ apt_install() {
     apt-get install -q -y --no-install-recommends "$@" || { apt-get update -q && apt-get install -q -y --no-install-recommends "$@"; }
 }
 
-# install PACKAGE...: install what is missing and remember it in .venv-packages for scripts/uninstall.
+# install PACKAGE...: install what is missing, virtiofsd too, and remember it in .installed-packages for scripts/uninstall.
 install() {
     [ -z "${AMBI_NO_APT:-}" ] || return 0
     need_debian
-    [ -n "$(ls /var/lib/apt/lists/*Packages* 2> /dev/null)" ] || step "Debian package lists" "check the network and /etc/apt" apt-get update -q
-    _missing=$(missing "$@")
+    package_lists
+    _missing=$(missing "$@" "$(virtiofsd_package)")
     [ -n "$_missing" ] || return 0
     # shellcheck disable=SC2086
     step "Debian packages: $(echo "$_missing" | wc -w) missing" "check the network and /etc/apt/sources.list.d; then run this again" apt_install $_missing

@@ -23,6 +23,7 @@ from hyper.qemu import jail
 from hyper.qemu.cgroup import Cgroup
 
 C_PROGRAM = "/usr/lib/qemu/virtiofsd"
+INSTALL = "apt-get install virtiofsd (Debian 12: qemu-system-common)"
 RUST_PROGRAMS = ("/usr/libexec/virtiofsd", "/usr/lib/virtiofsd")
 ROOT_TAG = "root"
 BINDS_TAG = "binds"
@@ -79,7 +80,7 @@ def serve_binds(binds: tuple[Bind, ...], run_dir: Path, cgroup: Cgroup, output: 
 def _serve(tag: str, path: Path, run_dir: Path, cgroup: Cgroup, output: int, binds: tuple[Bind, ...]) -> Server:
     exe = program()
     if exe is None:
-        raise Unsupported("bind mounts into a virtual machine need virtiofsd", hint="apt-get install qemu-system-common")
+        raise Unsupported("bind mounts into a virtual machine need virtiofsd", hint=INSTALL)
     listener, sock = _socket_to(run_dir, tag)
     try:
         argv = [exe, f"--fd={listener.fileno()}", *_options(exe, path)]
