@@ -320,11 +320,13 @@ class Connection:
     def close(self) -> None:
         """Close our descriptor; a hijacked socket lives on in other hands. What the client still sends of a body is read
         for a moment, since a socket that is closed with unread input takes the answer with it."""
-        if self.hijacked or self._input_ended:
+        if self.hijacked:
             self.socket.close()
             return
         try:
-            self.socket.shutdown(socket.SHUT_WR)
+            self.socket.shutdown(socket.SHUT_WR)  # a shim may have a copy, and would keep the client from seeing the end
+            if self._input_ended:
+                return
             left, by = LINGER_BYTES, Deadline.after(LINGER_SECONDS)
             while left > 0:
                 self.await_input(by)

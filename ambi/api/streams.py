@@ -39,7 +39,8 @@ def wait(call: Call) -> None:
         raise InvalidRequest(f'invalid condition: "{condition}"', hint="conditions: not-running, next-exit, removed")
     ticket = call.engine.wait(call.name, cast(WaitCondition, condition))
     try:
-        stream = call.stream()
+        with call.engine.shared_wait(ticket, call.connection.socket, chunked=call.request.version == (1, 1)):
+            stream = call.stream()
         while True:
             try:
                 result: dict[str, Any] = {"StatusCode": ticket.result(Deadline.after(_CLIENT_CHECK_SECONDS)).code}

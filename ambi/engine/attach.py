@@ -46,15 +46,9 @@ def attach(core: Core, id: str, wanted: Attach, sock: socket.socket, pending: by
     if record.state.status is Status.PAUSED:
         raise Conflict(f"Container {record.id} is paused, unpause the container before attach.")
     run = _run(core, record) if wanted.stream else record.run
-    with core.mutex:
-        record.attaching += 1
-    try:
+    with core.handing_over(record):
         write_head()
         _hand_over(core, record, run, wanted, sock, pending)
-    finally:
-        with core.mutex:
-            record.attaching -= 1
-            core.changed.notify_all()
 
 
 def _hand_over(core: Core, record: Record, run: Run | None, wanted: Attach, sock: socket.socket, pending: bytes) -> None:

@@ -60,6 +60,18 @@ class Core:
             with self.mutex:
                 self.claims[image_id] -= 1
 
+    @contextmanager
+    def handing_over(self, record: Record) -> Iterator[None]:
+        """A start of `record` waits for the end of the `with`: a client that has its answer may ask for it at once."""
+        with self.mutex:
+            record.attaching += 1
+        try:
+            yield
+        finally:
+            with self.mutex:
+                record.attaching -= 1
+                self.changed.notify_all()
+
     def publish(self, record: Record, action: str, **own: str) -> None:
         """An event of an instance, with its labels, image and name as Docker has them."""
         row = record.row

@@ -9,7 +9,7 @@ import os
 import secrets
 import socket
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -154,13 +154,28 @@ class Engine:
         """The interest is registered when this returns."""
         core = self._core
         record = core.registry.find(id)
-        ticket = WaitTicket(condition)
+        ticket = WaitTicket(condition, record)
         with core.mutex:
             if condition == "not-running" and not record.state.running:
                 ticket.settle(ExitStatus(record.state.exit_code, record.state.error))
             else:
                 record.tickets = [kept for kept in record.tickets if not kept.settled] + [ticket]
         return ticket
+
+    @contextmanager
+    def shared_wait(self, ticket: WaitTicket, client: socket.socket, *, chunked: bool) -> Iterator[None]:
+        """Send the head of the answer to `client` in the `with`: it is answered then even if this engine dies.
+
+        chunked: how the body is framed. The caller answers as ever, and closes the ticket before the socket.
+        """
+        core, record = self._core, ticket.record
+        with core.handing_over(record):
+            yield
+            ticket.answers_to(client, chunked=chunked)
+            with core.mutex:
+                run = record.run if record.run is not None and record.run.exit is None else None
+            if run is not None:
+                ticket.share(run.connection)
 
     def logs(self, id: str, wanted: LogQuery) -> Iterator[LogEntry | None]:
         """Checks at once, then an iterator; it ends with the run when following.

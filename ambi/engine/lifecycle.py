@@ -58,6 +58,10 @@ def _start(core: Core, record: Record) -> None:
         raise from_os_error(f"cannot start container {record.id}", error) from error
     run = _waiting_run(core, record) or core.shims.spawn(record)
     core.wait_for(lambda: record.attaching == 0, soon())
+    with core.mutex:
+        waiting = list(record.tickets)
+    for ticket in waiting:
+        ticket.share(run.connection)
     run.starting, record.oom_told = True, False
     try:
         answer = run.connection.call("start", by=Deadline.after(START_S))

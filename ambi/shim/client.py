@@ -100,6 +100,13 @@ class ShimConnection:
         result: dict[str, Any] = slot.answer.get("ok") or {}
         return result
 
+    def tell(self, op: str, *, fds: Iterable[int] = (), **fields: Any) -> None:
+        """Ask for `op` without an answer. A shim that has ended is no error."""
+        try:
+            unix.send(self._sock, {"op": op, **fields}, fds)
+        except OSError:
+            pass
+
     def close(self) -> None:
         """End the connection; `on_close` is called, and waiting calls raise Unavailable."""
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import socket
 from collections import deque
 from typing import Any
@@ -28,6 +29,11 @@ class Request:
     def body(self) -> dict[str, Any]:
         return self.message.body
 
+    @property
+    def origin(self) -> socket.socket:
+        """The connection that it came by."""
+        return self._sock
+
     def answer(self, result: dict[str, Any]) -> None:
         self._send({"seq": self.body.get("seq"), "ok": result})
 
@@ -36,6 +42,8 @@ class Request:
 
     def _send(self, body: dict[str, Any]) -> None:
         self.message.close()
+        if body["seq"] is None:  # nobody asked for an answer
+            return
         if not _deliver(self._sock, body):
             self._control.drop(self._sock)  # whoever waits for this answer must not wait for ever
 
@@ -56,6 +64,14 @@ class Control:
     @property
     def connected(self) -> bool:
         return bool(self._connections)
+
+    def serves(self, sock: socket.socket) -> bool:
+        """Whether somebody is still at the other end of `sock`, as the kernel has it now."""
+        if sock not in self._connections:
+            return False
+        poll = select.poll()
+        poll.register(sock, 0)  # POLLHUP is always reported
+        return not poll.poll(0)
 
     def add(self, sock: socket.socket) -> None:
         """Serve a connection that is already there."""

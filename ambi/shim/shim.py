@@ -29,6 +29,7 @@ from ambi.shim.attach import Attach, Hub
 from ambi.shim.control import Control, Request
 from ambi.shim.log import LogWriter
 from ambi.shim.session import Session
+from ambi.shim.waits import Understudies
 
 T = TypeVar("T")
 
@@ -63,6 +64,7 @@ class Shim:
         self._created: Created | None = None
         self._hub = Hub(loop, spec.data_dir, terminal=False, stdin_once=False)
         self._hub.on_detach = lambda: self.control.event({"event": "detach", "exec_id": None})
+        self._waits = Understudies(loop)
         self._log: LogWriter | None = None
         self._init: Session | None = None
         self._size: tuple[int, int] | None = None
@@ -152,6 +154,13 @@ class Shim:
             raise Conflict(f"instance {self.spec.id[:12]} has ended")
         sock = _take_socket(request)
         self._hub.attach(sock, options, self._past() if options.logs else ())
+        return {}
+
+    def wait(self, request: Request) -> dict[str, Any]:
+        chunked = _flag(request, "chunked")
+        if self._phase == "ended":
+            raise Conflict(f"instance {self.spec.id[:12]} has ended")
+        self._waits.add(_take_socket(request), request.origin, chunked=chunked)
         return {}
 
     def _past(self) -> Iterator[tuple[int, bytes]]:
@@ -303,6 +312,8 @@ class Shim:
                 notice = leave.Notice(leave.Parting(self.spec.id, self.spec.run_root, self.spec.home), status)
                 waiting = notice if notice.send() else None
         failure = self._delete()
+        if status is not None:
+            self._waits.answer(status.code, self.control.serves)
         for request in self._deletions:
             if failure is None:
                 request.answer({})
@@ -350,6 +361,7 @@ class Shim:
 HANDLERS: dict[str, Callable[[Shim, Request], dict[str, Any] | None]] = {
     "start": Shim.start,
     "attach": Shim.attach,
+    "wait": Shim.wait,
     "exec": Shim.exec,
     "signal": Shim.signal,
     "resize": Shim.resize,
@@ -403,6 +415,13 @@ def _field(request: Request, name: str, kind: type[T]) -> T:
     return value
 
 
+def _flag(request: Request, name: str) -> bool:
+    value = request.body.get(name)
+    if not isinstance(value, bool):
+        raise InvalidRequest(f"'{request.body.get('op')}' wants '{name}' as bool, not {value!r:.80}")
+    return value
+
+
 def _seconds(request: Request, default: float) -> float:
     """`by_s`: how long this may take."""
     value = request.body.get("by_s")
@@ -415,5 +434,5 @@ def _seconds(request: Request, default: float) -> float:
 
 def _take_socket(request: Request) -> socket.socket:
     if len(request.message.fds) != 1:
-        raise InvalidRequest(f"attach: wants one descriptor, not {len(request.message.fds)}")
+        raise InvalidRequest(f"'{request.body.get('op')}' wants one descriptor, not {len(request.message.fds)}")
     return socket.socket(fileno=request.message.fds.pop())

@@ -1,7 +1,7 @@
 """Kill any process of ours at any moment: DESIGN's table of costs holds, and afterwards nothing is left.
 
-Each round kills one process, chosen by a seeded die, while instances of both kinds run, a terminal is attached and an import
-is under way. AMBI_LOTTERY_ROUNDS and AMBI_LOTTERY_SEED change how often and which.
+Each round kills one process, chosen by a seeded die, while instances of both kinds run, a terminal is attached, a `docker run`
+waits for its exit code and an import is under way. AMBI_LOTTERY_ROUNDS and AMBI_LOTTERY_SEED change how often and which.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ class Table:
     def __init__(self, engine: EngineUnderTest, tar: Path) -> None:
         self.engine, self.tar = engine, tar
         self.terminal = self._attach()
+        self.client: subprocess.Popen[bytes] | None = None
         self.ids: dict[str, str] = {}
 
     def _attach(self) -> pexpect.spawn:
@@ -42,7 +43,9 @@ class Table:
         return pexpect.spawn("docker", argv, env=environment, timeout=30)
 
     def renew(self) -> None:
-        """Have both instances running, whatever the last round did."""
+        """Have both instances and a client of a third running, whatever the last round did."""
+        if self.client is None:
+            self.client = self._run_client()
         for name, kind in (("box", "container"), ("guest", "vm")):
             if self.state(name) != "true 0":
                 self.engine.docker("rm", "-f", name)
@@ -51,6 +54,28 @@ class Table:
                 )
                 assert done.returncode == 0, done.stderr.decode()
                 self.ids[name] = done.stdout.decode().strip()
+
+    def _run_client(self) -> subprocess.Popen[bytes]:
+        """A `docker run` that has had its start answered, whose program ends with 23 when it reads a line."""
+        argv = ["docker", "run", "--rm", "-i", "--name", "client", "--network", "none", "busybox", "sh", "-c"]
+        client = subprocess.Popen(
+            [*argv, "echo ready; read line; echo $line; exit 23"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env={**os.environ, "DOCKER_HOST": f"unix://{self.engine.socket}"},
+        )
+        assert client.stdout is not None
+        assert client.stdout.readline() == b"ready\n"
+        assert self.engine.docker("exec", "client", "true").returncode == 0
+        return client
+
+    def end_client(self) -> None:
+        """The client has all output and the exit code, whatever has been killed since its start."""
+        assert self.client is not None
+        out, err = self.client.communicate(b"word\n", timeout=60)
+        assert (self.client.returncode, out, err) == (23, b"word\n", b"")
+        self.client = None
 
     def state(self, name: str) -> str:
         return (
@@ -131,6 +156,10 @@ def test_any_death_costs_what_the_table_says(
         table.renew()
         _round(table, kind, die, big)
         table.terminal_echoes(f"round{number}")
+        if kind == "engine":
+            table.end_client()
+    if table.client is not None:
+        table.end_client()
     table.terminal.close(force=True)
     engine.destroy()
     assert census.settle(MARK, before) == {}
