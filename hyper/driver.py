@@ -37,7 +37,11 @@ class VmDriver:
             return Features(NO_QEMU, {"qemu": "not found"})
         host = probe.host()
         accelerator = "kvm" if host.kvm else f"tcg ({TCG_LINE}: {host.kvm_problem})"
-        details = {"qemu": qemu, "accelerator": accelerator, "virtiofsd": share.program() or f"not found, so no bind mounts: {share.INSTALL}"}
+        details = {
+            "qemu": qemu,
+            "accelerator": accelerator,
+            "virtiofsd": share.program() or f"not found, so no bind mounts: {share.INSTALL}",
+        }
         return Features(None, details)
 
     def check(self, plan: LaunchPlan) -> list[Problem]:

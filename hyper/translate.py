@@ -138,6 +138,7 @@ def _user(user: dict[str, Any]) -> list[tuple[int, Value]]:
         [(ProcessTag.USER, name)] if name else [(ProcessTag.UID, user.get("uid", 0)), (ProcessTag.GID, user.get("gid", 0))]
     )
     items += [(ProcessTag.GROUP, gid) for gid in user.get("additionalGids") or ()]
+    items += [(ProcessTag.GROUP_NAME, group) for group in user.get("additionalGroups") or ()]
     if user.get("umask") is not None:
         items.append((ProcessTag.UMASK, user["umask"]))
     return items

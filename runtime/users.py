@@ -39,7 +39,9 @@ class _Group(NamedTuple):
 def identify(root: int, user: dict[str, Any]) -> Identity:
     """The identity that `process.user` asks for, in the root that is open as `root`."""
     written = user.get("username") or ""
-    extra = tuple(user.get("additionalGids") or ())
+    names = user.get("additionalGroups") or ()
+    groups = _groups(root) if written or names else []
+    extra = (*(user.get("additionalGids") or ()), *(_additional(name, groups) for name in names))
     people = _people(root)
     if not written:
         uid = user.get("uid") or 0
@@ -47,7 +49,6 @@ def identify(root: int, user: dict[str, Any]) -> Identity:
         gid = user.get("gid") or 0
         return Identity(uid, gid, tuple(dict.fromkeys((*extra, gid))), home)
     name, _, group = written.partition(":")
-    groups = _groups(root)
     person = _find_person(name, people)
     gid = _find_group(group, groups) if group else person.gid
     memberships = () if group or not person.name else tuple(g.gid for g in groups if person.name in g.members)
@@ -72,6 +73,14 @@ def _find_group(written: str, groups: list[_Group]) -> int:
     if number is None:
         raise InvalidRequest(f"unable to find group {written}: no matching entries in group file")
     return number
+
+
+def _additional(name: str, groups: list[_Group]) -> int:
+    """The group of --group-add NAME, with docker's words when there is none."""
+    for group in groups:
+        if group.name == name:
+            return group.gid
+    raise InvalidRequest(f"Unable to find group {name}: no matching entries in group file")
 
 
 def _number(text: str) -> int | None:

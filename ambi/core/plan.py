@@ -17,6 +17,8 @@ Fields of config.json that mean something of their own here:
 - `process.user.username` (the spec has it for Windows only): the user as the image or the caller wrote it,
   `NAME|UID[:GROUP|GID]`. When present and not empty the *driver* resolves it against /etc/passwd and /etc/group of the
   instance's own root, with its supplementary groups, adds `additionalGids`, and sets HOME when `env` has none.
+- `process.user.additionalGroups` (ours): names of further supplementary groups, which the driver resolves in the same way
+  and adds to `additionalGids`; one that /etc/group does not have is an InvalidRequest, "Unable to find group NAME".
 - `linux.cgroupsPath` is always given and absolute. `root.path` is ignored, `root.readonly` counts.
 - `process.args[0]` is looked up along PATH of `process.env` inside the root by the driver.
 - a network namespace without path means a fresh one in which only `lo` is up.

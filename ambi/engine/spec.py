@@ -20,6 +20,7 @@ from ambi.linux.capabilities import NAMES
 
 DEFAULT_PATH = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 CGROUP_PARENT = "/ambi"
+HIGHEST_ID = (1 << 31) - 1  # Docker's limit of users and groups
 
 
 class Prepared(NamedTuple):
@@ -108,14 +109,17 @@ def _process(config: Body, host: Body, options: security.SecurityOptions) -> dic
 
 
 def _user(name: str, groups: list[str]) -> dict[str, Any]:
-    """`username` is resolved by the driver inside the root, see ambi/core/plan.py."""
+    """`username` and names of groups are resolved by the driver inside the root, see ambi/core/plan.py."""
     user: dict[str, Any] = {"uid": 0, "gid": 0}
     if name:
         user["username"] = name
     for group in groups:
-        if not (group.isascii() and group.isdigit()) or int(group) >= 1 << 32:
-            raise InvalidRequest(f"--group-add {group}: only numbers are supported yet", hint="give the group's number")
-        user.setdefault("additionalGids", []).append(int(group))
+        if not (group.isascii() and group.isdigit()):
+            user.setdefault("additionalGroups", []).append(group)
+        elif len(group) > 10 or int(group) > HIGHEST_ID:
+            raise InvalidRequest(f"--group-add {group}: uids and gids must be in range 0-{HIGHEST_ID}")
+        else:
+            user.setdefault("additionalGids", []).append(int(group))
     return user
 
 

@@ -141,6 +141,7 @@ class ProcessTag(IntEnum):
     SECCOMP = 19
     RLIMIT = 20
     OOM_SCORE_ADJ = 21
+    GROUP_NAME = 22
 
 
 Value = Union[int, str, bytes, "Items"]

@@ -142,6 +142,16 @@ def test_unknown_user(rig: Rig, idle: Running, user: str) -> None:
         idle.start_exec(["true"], user=user)
 
 
+def test_additional_groups(rig: Rig, idle: Running) -> None:
+    user = {"uid": 7, "gid": 8, "additionalGids": [99], "additionalGroups": ["video", "staff"]}
+    assert idle.exec(["id", "-G"], user=user).out == b"8 44 50 99\n"
+    missing = {"username": "alice", "additionalGroups": ["nope"]}
+    with pytest.raises(InvalidRequest, match="Unable to find group nope"), rig.started(["true"], user=missing):
+        pass
+    with pytest.raises(InvalidRequest, match="Unable to find group nope"):
+        idle.start_exec(["true"], user=missing)
+
+
 def _status(idle: Running, **changes: Any) -> dict[str, str]:
     text = idle.exec(["cat", "/proc/self/status"], **changes).out.decode()
     return {key: value.strip() for key, _, value in (line.partition(":") for line in text.splitlines())}

@@ -138,7 +138,7 @@ def test_limits_become_resources() -> None:
         ({"ExtraHosts": ["x:1.2.3"]}, "bad format for add-host"),
         ({"ExtraHosts": ["x\n:1.2.3.4"]}, "bad format for add-host"),
         ({"Dns": ["1.2.3.4\nnameserver 5.6.7.8"]}, "not an IP address"),
-        ({"GroupAdd": ["wheel"]}, "--group-add wheel"),
+        ({"GroupAdd": ["2147483648"]}, "--group-add 2147483648"),
         ({"OomScoreAdj": 2000}, "oom score adj"),
         ({"ShmSize": -1}, "SHM size"),
     ],
@@ -156,8 +156,8 @@ def test_the_environment_is_in_dockers_order() -> None:
 
 
 def test_users_are_left_to_the_driver() -> None:
-    assert oci({"User": "alice:staff"}, GroupAdd=["44"])["process"]["user"] == {
-        "uid": 0, "gid": 0, "username": "alice:staff", "additionalGids": [44],
+    assert oci({"User": "alice:staff"}, GroupAdd=["44", "video"])["process"]["user"] == {
+        "uid": 0, "gid": 0, "username": "alice:staff", "additionalGids": [44], "additionalGroups": ["video"],
     }  # fmt: skip
 
 

@@ -112,7 +112,8 @@ def test_directory_root_has_no_disks(tmp_path: Path) -> None:
 
 def test_process_fields(tmp_path: Path) -> None:
     body = {
-        "args": ["sh", "-c", ""], "env": ["A=1", "B=\udcff"], "user": {"username": "alice", "additionalGids": [7, 8]},
+        "args": ["sh", "-c", ""], "env": ["A=1", "B=\udcff"],
+        "user": {"username": "alice", "additionalGids": [7, 8], "additionalGroups": ["x", "y"]},
         "terminal": True, "consoleSize": {"height": 3, "width": 4}, "capabilities": {"bounding": ["CAP_KILL"]},
         "rlimits": [{"type": "RLIMIT_NOFILE", "soft": 1, "hard": 2}], "noNewPrivileges": True, "oomScoreAdj": -5,
     }  # fmt: skip
@@ -120,6 +121,7 @@ def test_process_fields(tmp_path: Path) -> None:
     config["linux"]["seccomp"] = {"defaultAction": "SCMP_ACT_ALLOW"}
     found = fields(translate.process(body, config, stdin=False))
     assert found.datas(ProcessTag.ARG) == [b"sh", b"-c", b""] and found.datas(ProcessTag.ENV)[1] == b"B=\xff"
+    assert found.texts(ProcessTag.GROUP_NAME) == ["x", "y"]
     assert found.text(ProcessTag.USER) == "alice" and not found.datas(ProcessTag.UID)
     assert [found.number(t) for t in (ProcessTag.ROWS, ProcessTag.COLUMNS, ProcessTag.STDIN)] == [3, 4, 1]
     assert found.number(ProcessTag.BOUNDING) == 1 << 5 and found.number(ProcessTag.EFFECTIVE) == 0

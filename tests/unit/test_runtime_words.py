@@ -102,6 +102,17 @@ def test_additional_groups_come_last_and_once(root: int) -> None:
     assert users.identify(root, {"username": "alice", "additionalGids": [44, 9]}).groups == (50, 44, 9, 1001)
 
 
+def test_additional_groups_by_name(root: int) -> None:
+    assert users.identify(root, {"uid": 5, "gid": 6, "additionalGids": [9], "additionalGroups": ["video"]}).groups == (
+        9,
+        44,
+        6,
+    )
+    assert users.identify(root, {"username": "alice:4", "additionalGroups": ["staff"]}).groups == (50, 4)
+    with pytest.raises(InvalidRequest, match="Unable to find group nope"):
+        users.identify(root, {"uid": 5, "additionalGroups": ["nope"]})
+
+
 def test_numbers_without_a_name(root: int) -> None:
     assert tuple(users.identify(root, {"uid": 1000, "gid": 3, "additionalGids": [4]})) == (1000, 3, (4, 3), "/home/alice")
 

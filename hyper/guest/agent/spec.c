@@ -81,6 +81,8 @@ static bool parse_field(struct spec *spec, const struct field *f) {
         return parse_rlimit(spec, f);
     case 21:
         return parse_oom_score_adj(spec, f);
+    case 22:
+        return strings_add(&spec->group_names, field_string(f));
     default:
         return false;
     }

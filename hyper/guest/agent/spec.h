@@ -22,6 +22,7 @@ struct spec {
     uint64_t uid, gid;
     uint32_t groups[MAX_GROUPS];
     size_t group_count;
+    struct strings group_names;
     uint64_t umask;
     uint64_t terminal, rows, columns;
     uint64_t stdin_open;

@@ -101,21 +101,40 @@ static void add_memberships(struct spec *spec, const char *name) {
     free(text);
 }
 
-static int find_group(struct spec *spec, const struct wanted *wanted, struct error *e) {
+static bool find_group(const struct wanted *wanted, unsigned long *found_gid) {
     char *text = read_whole("/etc/group", DATABASE_LIMIT), *cursor = text, *fields[MAX_FIELDS];
     bool found = false;
     while (!found && text && next_entry(&cursor, fields)) {
         unsigned long gid;
         if (parse_id(fields[2], &gid) && matches(wanted, fields[0], gid)) {
             found = true;
-            spec->gid = gid;
+            *found_gid = gid;
         }
     }
     free(text);
-    if (!found && !wanted->is_number)
-        return fail(e, "InvalidRequest", "unable to find group %s: no matching entries in group file", wanted->text);
-    if (!found)
-        spec->gid = wanted->number;
+    return found;
+}
+
+static int resolve_group(struct spec *spec, const char *text, struct error *e) {
+    struct wanted wanted = want(text);
+    unsigned long gid = wanted.number;
+    if (!find_group(&wanted, &gid) && !wanted.is_number)
+        return fail(e, "InvalidRequest", "unable to find group %s: no matching entries in group file", text);
+    spec->gid = gid;
+    return 0;
+}
+
+/* The error has the words of docker's --group-add. */
+static int resolve_group_names(struct spec *spec, struct error *e) {
+    for (size_t i = 0; i < spec->group_names.count; i++) {
+        struct wanted wanted = {.text = spec->group_names.at[i]};
+        unsigned long gid;
+        if (!find_group(&wanted, &gid))
+            return fail(e, "InvalidRequest", "Unable to find group %s: no matching entries in group file", wanted.text);
+        if (gid > MAX_ID)
+            return fail(e, "InvalidRequest", "uids and gids must be in range 0-%lu", MAX_ID);
+        add_group(spec, (uint32_t)gid);
+    }
     return 0;
 }
 
@@ -130,8 +149,7 @@ static int resolve_names(struct spec *spec, struct account *account, struct erro
     spec->uid = account->found ? account->uid : wanted.number;
     spec->gid = account->found ? account->gid : 0;
     if (group && *group) {
-        struct wanted wanted_group = want(group);
-        if (find_group(spec, &wanted_group, e) < 0)
+        if (resolve_group(spec, group, e) < 0)
             return -1;
     } else if (account->found) {
         add_memberships(spec, account->name);
@@ -150,6 +168,8 @@ int user_resolve(struct spec *spec, char home[256], struct error *e) {
         struct wanted wanted = {.is_number = true, .number = spec->uid};
         find_account(&wanted, &account);
     }
+    if (resolve_group_names(spec, e) < 0)
+        return -1;
     add_group(spec, (uint32_t)spec->gid);
     snprintf(home, 256, "%s", account.found && *account.home ? account.home : "/");
     return 0;

@@ -5,7 +5,7 @@
 #include "spec.h"
 
 /* Resolves spec->user, `NAME|UID[:GROUP|GID]`, into uid, gid and groups, by the rules of docker's `USER`; with an empty
- * user the numbers stay. `home` becomes the home directory of the user, "/" without an entry. */
+ * user the numbers stay. The names of spec->group_names become groups, too. `home` becomes the home directory of the user, "/" without an entry. */
 int user_resolve(struct spec *spec, char home[256], struct error *e);
 
 #endif

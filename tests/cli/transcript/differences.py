@@ -58,13 +58,6 @@ DIFFERENCES: tuple[Difference, ...] = (
         re.escape('chdir to cwd ("/not/there") set in config.json failed: no such file or directory\r\n||126'),
         _RUNC,
     ),
-    Difference(
-        "extra-groups",
-        0,
-        BOTH,
-        _run("--group-add staff: only numbers are supported yet", 125),
-        "names of --group-add come later; the refusal names the flag",
-    ),
     Difference("top", 0, ("container",), r"PID +COMMAND\n<masked>ambi-init\n<masked>sleep\n\|\|0", "the name of our init"),
     Difference("top", 0, ("vm",), r"PID +COMMAND\n<masked>init\n<masked>sleep\n\|\|0", "the name of our init"),
     Difference("load-garbage", 0, BOTH, _daemon("archive is cut short at byte 18"), "the place in the archive helps"),

@@ -25,7 +25,7 @@ INSIDE = (
     line("hosts", "{run} --rm --hostname h1 --add-host x:10.0.0.9 box sh -c 'grep -v ^ff /etc/hosts | grep -v ^fe'"),
     line("resolver", "{run} --rm --dns 10.1.1.1 --dns-search a.example --dns-option ndots:2 box grep -v ^# /etc/resolv.conf"),
     line("user", "{run} --rm -u alice box sh -c 'id; echo $HOME'", "{run} --rm -u 12:34 box id"),
-    line("extra-groups", "{run} --rm -u alice --group-add 77 --group-add staff box id"),
+    line("extra-groups", "{run} --rm -u alice --group-add 77 --group-add staff box id", "{run} --rm --group-add nope box id"),
     line("workdir", "{run} --rm -w /made/here box pwd"),
     line("entrypoint", "{run} --rm --entrypoint echo box a b", "{run} --rm hello more"),
     line("read-only", "{run} --rm --read-only box touch /x"),
