@@ -98,11 +98,20 @@ class Starter:
                 continue
             for name in names:
                 pid = name.removeprefix(_PREFIX)
-                if name != pid and pid.isdecimal() and not os.path.exists(f"/proc/{pid}"):
+                if name != pid and pid.isdecimal() and not _lives(pid):
                     try:
                         os.rmdir(f"{hierarchy.mount}{parent}/{name}")
                     except OSError:
                         pass
+
+
+def _lives(pid: str) -> bool:
+    """Whether process `pid` runs; one that nobody has reaped does not."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb", buffering=0) as file:
+            return file.read(4096).rpartition(b") ")[2][:1] not in (b"Z", b"X")
+    except OSError:
+        return False
 
 
 def _wait(group: V1Group, channel: spawn.Channel) -> NoReturn:

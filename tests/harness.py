@@ -12,14 +12,19 @@ import sys
 import time
 from pathlib import Path
 
+from ambi.shim.client import ZygoteClient
+
 ROOT = Path(__file__).parents[1]
 AMBI = Path(sys.executable).with_name("ambi")
 
 
 @functools.cache
 def guest_dir() -> Path:
-    """The guest kernel and initramfs that all tests share, built once below `build/guest` (or $AMBI_TEST_GUEST)."""
-    path = Path(os.environ.get("AMBI_TEST_GUEST") or ROOT / "build" / "guest")
+    """The guest kernel and initramfs that all tests share: built once below `build/guest`, or $AMBI_TEST_GUEST as it is."""
+    ready = os.environ.get("AMBI_TEST_GUEST")
+    if ready:
+        return Path(ready)
+    path = ROOT / "build" / "guest"
     path.mkdir(parents=True, exist_ok=True)
     subprocess.run(
         [sys.executable, "-m", "hyper.guest", "--guest-dir", path], check=True, cwd=ROOT, stdout=subprocess.DEVNULL
@@ -152,6 +157,7 @@ class EngineUnderTest:
                 os.kill(pid, signal.SIGKILL)
         if self.process is not None:
             self.process.wait()
+        ZygoteClient(self.run).stop()  # an engine that was killed has not
         for pid in self._leftover():
             os.kill(pid, signal.SIGKILL)
         shutil.rmtree(self.base, ignore_errors=True)

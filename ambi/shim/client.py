@@ -262,11 +262,14 @@ class ZygoteClient:
         return dropped
 
     def stop(self) -> None:
-        """End the zygote, if there is one; shims live on."""
+        """End the zygote, if there is one, and what it has prepared; returns when it has. Shims live on."""
         with self._lock:
             try:
                 self._exchange({"op": "stop"}, [])
-            except OSError:
+                assert self._sock is not None
+                while unix.receive(self._sock) is not None:  # its process ends last
+                    pass
+            except (AmbiError, OSError):
                 pass
             self._disconnect()
 

@@ -1,7 +1,8 @@
 """Kill any process of ours at any moment: DESIGN's table of costs holds, and afterwards nothing is left.
 
-Each round kills one process, chosen by a seeded die, while instances of both kinds run, a terminal is attached, a `docker run`
-waits for its exit code and an import is under way. AMBI_LOTTERY_ROUNDS and AMBI_LOTTERY_SEED change how often and which.
+Each round kills one process, chosen by a seeded die, while instances of both kinds run, a terminal is attached, a client of
+`docker run` waits for its exit code and an import is under way. AMBI_LOTTERY_ROUNDS and AMBI_LOTTERY_SEED change how often
+and which.
 """
 
 from __future__ import annotations
