@@ -60,7 +60,13 @@ DIFFERENCES: tuple[Difference, ...] = (
     ),
     Difference("top", 0, ("container",), r"PID +COMMAND\n<masked>ambi-init\n<masked>sleep\n\|\|0", "the name of our init"),
     Difference("top", 0, ("vm",), r"PID +COMMAND\n<masked>init\n<masked>sleep\n\|\|0", "the name of our init"),
-    Difference("load-garbage", 0, BOTH, _daemon("archive is cut short at byte 18"), "the place in the archive helps"),
+    Difference(
+        "load-garbage",
+        0,
+        BOTH,
+        _daemon("cannot load the archive: not a tar archive: it has 18 bytes"),
+        "says which job failed and why",
+    ),
     Difference(
         "import",
         1,
