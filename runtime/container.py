@@ -12,7 +12,7 @@ from typing import Any
 
 from ambi.core.deadline import Deadline
 from ambi.core.driver import Streams
-from ambi.core.errors import Conflict, DeadlineExceeded, InvalidRequest
+from ambi.core.errors import Conflict, DeadlineExceeded, Internal, InvalidRequest
 from ambi.core.loop import POLLIN, Loop
 from ambi.core.model import ExitStatus, Status, Usage
 from ambi.core.undo import Undo
@@ -21,6 +21,7 @@ from runtime import exec as executor
 from runtime import spawn, terminal, top
 from runtime.cgroups.v1 import Group
 from runtime.finish import Filter
+from runtime.spare import Spares
 
 
 class ContainerProcess:
@@ -148,10 +149,11 @@ class Container:
         program: Filter,
         files: Path,
         own_pids: bool,
+        spares: Spares,
     ) -> None:
         self._id, self._init, self._group, self._loop, self._program = identity, init, group, loop, program
         self._channel: spawn.Channel | None = channel
-        self._files, self._own_pids = files, own_pids
+        self._files, self._own_pids, self._spares = files, own_pids, spares
         self._started = False
         self._last_usage: Usage | None = None
         self._execs: list[ContainerProcess] = []
@@ -187,17 +189,14 @@ class Container:
 
     def _exec(self, spec: dict[str, Any], stdin: bool, by: Deadline, undo: Undo) -> ContainerProcess:
         has_terminal = bool(spec.get("terminal"))
-        ours, theirs = spawn.Channel.pair()
         stdio = None if has_terminal else Stdio(stdin)
         if stdio is not None:
             undo.add("close the streams", stdio.close_ours)
         cgroup = self._group.born_in()
         job = executor.Job(self._id, spec, self._init.pidfd, self._group.joins, cgroup)
+        ours = None
         try:
-            given = stdio.theirs if stdio else []
-            helper = spawn.clone(0, lambda: executor.help_to(job, theirs, given))
-            theirs.close()
-            pid, pidfd = adopt_child(ours, helper, by)
+            ours, pid, pidfd = self._clone(job, stdio.theirs if stdio else [], by)
             undo.add("end the process", lambda: end_child(pidfd))
             _, fds = spawn.expect(ours, "ready", by, "exec")
             streams = stdio.streams if stdio else terminal_streams(fds)
@@ -205,11 +204,34 @@ class Container:
             spawn.finish_start(ours, self._program, by)
             return ContainerProcess(pid, pidfd, streams, has_terminal, self._group)
         finally:
-            ours.close()
+            if ours is not None:
+                ours.close()
             if stdio is not None:
                 stdio.close_theirs()
             if cgroup is not None:
                 os.close(cgroup)
+
+    def _clone(self, job: executor.Job, stdio: list[int], by: Deadline) -> tuple[spawn.Channel, int, int]:
+        """Have a helper make the process of an exec: (our end of the channel to it, pid, pidfd)."""
+        spare = self._spares.take()
+        if spare is not None and spare.give(job, stdio):
+            try:
+                return spare.channel, *adopt_child(spare.channel, spare.child, by)
+            except Internal:  # killed, as for memory that ran out: done without
+                spare.channel.close()
+            except BaseException:
+                spare.channel.close()
+                raise
+        ours, theirs = spawn.Channel.pair()
+        try:
+            helper = spawn.clone(0, lambda: executor.help_to(job, theirs, stdio))
+            theirs.close()
+            return ours, *adopt_child(ours, helper, by)
+        except BaseException:
+            ours.close()
+            raise
+        finally:
+            theirs.close()
 
     def state(self) -> Status:
         if self._init.exit is not None:
@@ -217,10 +239,14 @@ class Container:
         return Status.RUNNING if self._started else Status.CREATED
 
     def usage(self) -> Usage:
-        return self._last_usage or self._group.usage()
+        if self._last_usage is not None:
+            return self._last_usage
+        usage = self._group.usage()
+        return usage._replace(pids=max(0, usage.pids - 1)) if self._spares.pid() else usage
 
     def processes(self) -> list[dict[str, Any]]:
-        return top.describe(self._group.pids())
+        spare = self._spares.pid()
+        return top.describe([pid for pid in self._group.pids() if pid != spare])
 
     def _init_ended(self) -> None:
         """Without a pid namespace of its own the rest of the container does not end with init: end it here."""
@@ -233,6 +259,7 @@ class Container:
         self._group.kill()
         for process_ in self._execs:
             process_.reap(by)
+        self._spares.end()
         self._last_usage = self._last_usage or self._group.usage()
         self._group.remove(by)
         remove_files(self._files)

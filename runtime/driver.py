@@ -28,6 +28,7 @@ from runtime.container import (
     terminal_streams,
 )
 from runtime.park import Starter
+from runtime.spare import Spares
 
 _SWEEP_S = 5.0
 
@@ -102,7 +103,8 @@ class ContainerDriver:
         if stdio is None:
             undo.add("close the terminal", lambda: close_streams(streams))
         first = ContainerProcess(pid, pidfd, streams, has_terminal, group)
-        return Container(plan.id, first, ours, group, loop, program, files, "pid" in job.fresh)
+        spares = Spares(loop, [] if _counts(resources) or "pid" not in job.fresh else group.joins)
+        return Container(plan.id, first, ours, group, loop, program, files, "pid" in job.fresh, spares)
 
     def _spawn(
         self, job: init.Job, plan: LaunchPlan, group: Group, starter: Starter | None, stdio: Stdio | None, undo: Undo,
@@ -160,6 +162,12 @@ class ContainerDriver:
         remove_files(plan.data_dir / "files")
         if isinstance(group, V1Group):
             Starter.sweep(cgroups.hierarchies(), group.path.parent)
+
+
+def _counts(resources: dict[str, Any]) -> bool:
+    """Whether `resources` limit what a helper of ours would take from the container."""
+    memory, pids = resources.get("memory") or {}, (resources.get("pids") or {}).get("limit") or 0
+    return bool(memory.get("limit")) or pids > 0
 
 
 def _help(job: init.Job, given: init.Descriptors, cgroup: int | None) -> NoReturn:

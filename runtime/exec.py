@@ -6,9 +6,11 @@ which CLONE_PARENT makes the shim's, is the process.
 
 from __future__ import annotations
 
+import marshal
 import os
 from typing import Any, NamedTuple, NoReturn
 
+from ambi.core.deadline import Deadline
 from ambi.core.errors import Conflict
 from ambi.linux import paths, process
 from runtime import finish, init, spawn, terminal, users
@@ -41,19 +43,47 @@ def help_to(job: Job, channel: spawn.Channel, stdio: list[int]) -> NoReturn:
         doing.append("join the container")
         keep = [channel.fd, job.init_pidfd, *stdio] + ([] if job.cgroup is None else [job.cgroup])
         spawn.keep_only(keep)
-        proc = paths.open_procfs()
-        for directory in job.joins:
-            with open(f"{directory}/cgroup.procs", "wb", buffering=0) as file:
-                file.write(b"0")
-        try:
-            process.setns(job.init_pidfd, _FLAGS)
-        except ProcessLookupError:  # it has ended, and the shim does not know yet
-            raise Conflict("cannot exec in a stopped container") from None
-        child = spawn.clone(process.CLONE_PARENT, lambda: _run(job, channel, stdio, proc), cgroup=job.cgroup)
-        channel.send("pid", child.pid)
-        os._exit(0)
+        _join_cgroups(job.joins)
+        _make(job, channel, stdio)
 
     spawn.guarded(channel, body)
+
+
+def help_later(joins: list[str], channel: spawn.Channel) -> NoReturn:
+    """The life of a helper that is there before its job, see `spare`: the same, but for a wait in the cgroups."""
+
+    def body(doing: list[str]) -> None:
+        spawn.forbid_imports()
+        doing.append("join the container")
+        spawn.keep_only([channel.fd])
+        _join_cgroups(joins)
+        message, fds = channel.receive(Deadline.never(), "the job")
+        if message is None:
+            os._exit(0)
+        text, init_pidfd, *stdio = fds
+        job = Job(*marshal.loads(os.pread(text, 1 << 26, 0)))
+        os.close(text)
+        _make(job._replace(init_pidfd=init_pidfd), channel, stdio)
+
+    spawn.guarded(channel, body)
+
+
+def _join_cgroups(directories: list[str]) -> None:
+    for directory in directories:
+        with open(f"{directory}/cgroup.procs", "wb", buffering=0) as file:
+            file.write(b"0")
+
+
+def _make(job: Job, channel: spawn.Channel, stdio: list[int]) -> NoReturn:
+    """Join the namespaces, make the process, say so and end."""
+    proc = paths.open_procfs()
+    try:
+        process.setns(job.init_pidfd, _FLAGS)
+    except ProcessLookupError:  # it has ended, and the shim does not know yet
+        raise Conflict("cannot exec in a stopped container") from None
+    child = spawn.clone(process.CLONE_PARENT, lambda: _run(job, channel, stdio, proc), cgroup=job.cgroup)
+    channel.send("pid", child.pid)
+    os._exit(0)
 
 
 def _run(job: Job, channel: spawn.Channel, stdio: list[int], proc: int) -> NoReturn:
