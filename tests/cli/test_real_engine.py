@@ -265,7 +265,7 @@ def test_start_attached(engine: OnDemand, isolation: str, name: str) -> None:
 
 
 def test_an_engine_that_is_killed_cuts_nobody_off(engine: OnDemand, isolation: str, name: str) -> None:
-    """Output goes on, and the exit status is asked of the engine that the command starts in its place."""
+    """Output goes on, the exit status arrives, and the next command finds an engine again."""
     process = subprocess.Popen(
         [
             str(AMBI),
@@ -296,6 +296,10 @@ def test_an_engine_that_is_killed_cuts_nobody_off(engine: OnDemand, isolation: s
     os.kill(pid, signal.SIGKILL)
     output, _ = process.communicate(b"line\n", timeout=SECONDS)
     assert (output, process.returncode) == (b"got line\n", 8)
+    end = time.monotonic() + SECONDS  # the shim has answered; the engine that comes next removes what is left
+    while name in engine.ok("ps", "-a", "--format", "{{.Names}}").split():
+        assert time.monotonic() < end, f"{name} has not been removed"
+        time.sleep(0.2)
     assert json.loads(engine.ok("engine", "status", "--format", "json"))["pid"] != pid
 
 
