@@ -27,7 +27,7 @@ from runtime.container import (
     remove_files,
     terminal_streams,
 )
-from runtime.park import Starter
+from runtime.park import PARENT, Starter
 from runtime.spare import Spares
 
 _SWEEP_S = 5.0
@@ -61,10 +61,11 @@ class ContainerDriver:
                 self._starter = None
 
     def unpark(self) -> None:
-        """Remove what `park` made and no `create` has used."""
+        """Remove what `park` made and no `create` has used, here or in a shim that was killed."""
         starter, self._starter = self._starter, None
         if starter is not None:
             starter.discard()
+        Starter.sweep(cgroups.hierarchies(), PARENT)
 
     def create(self, plan: LaunchPlan, undo: Undo, by: Deadline, loop: Loop) -> Container:
         problems = self.check(plan)

@@ -19,7 +19,7 @@ class Parkable(Driver, Protocol):
         """Prepare, if that saves anything on this host. Failing is no error."""
 
     def unpark(self) -> None:
-        """Remove what `park` made and nobody used."""
+        """Remove what `park` made and nobody used, be it of a process that has been killed."""
 
 
 def preload() -> dict[str, str]:

@@ -53,6 +53,9 @@ class Zygote:
         self._loop.run(lambda: self._stopped)
         if self._parked is not None:
             self._parked.end()
+        driver = drivers.parkable(PARKED_ISOLATION)
+        if driver is not None:
+            driver.unpark()  # of one that was killed
 
     def _on_term(self, *_: object) -> None:
         self._stopped = True
