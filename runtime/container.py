@@ -150,10 +150,11 @@ class Container:
         files: Path,
         own_pids: bool,
         spares: Spares,
+        helpers: spawn.Helpers,
     ) -> None:
         self._id, self._init, self._group, self._loop, self._program = identity, init, group, loop, program
         self._channel: spawn.Channel | None = channel
-        self._files, self._own_pids, self._spares = files, own_pids, spares
+        self._files, self._own_pids, self._spares, self._helpers = files, own_pids, spares, helpers
         self._started = False
         self._last_usage: Usage | None = None
         self._execs: list[ContainerProcess] = []
@@ -216,7 +217,7 @@ class Container:
         spare = self._spares.take()
         if spare is not None and spare.give(job, stdio):
             try:
-                return spare.channel, *adopt_child(spare.channel, spare.child, by)
+                return spare.channel, *adopt_child(spare.channel, spare.child, by, self._helpers)
             except Internal:  # killed, as for memory that ran out: done without
                 spare.channel.close()
             except BaseException:
@@ -226,7 +227,7 @@ class Container:
         try:
             helper = spawn.clone(0, lambda: executor.help_to(job, theirs, stdio))
             theirs.close()
-            return ours, *adopt_child(ours, helper, by)
+            return ours, *adopt_child(ours, helper, by, self._helpers)
         except BaseException:
             ours.close()
             raise
@@ -260,6 +261,7 @@ class Container:
         for process_ in self._execs:
             process_.reap(by)
         self._spares.end()
+        self._helpers.reap()
         self._last_usage = self._last_usage or self._group.usage()
         self._group.remove(by)
         remove_files(self._files)
@@ -286,12 +288,14 @@ def terminal_streams(fds: list[int]) -> Streams:
     return Streams(master, master, None)
 
 
-def adopt_child(channel: spawn.Channel, helper: process.Child, by: Deadline) -> tuple[int, int]:
-    """(pid, pidfd) of the child that `helper` made for us; reaps the helper. Raises what it reports."""
+def adopt_child(channel: spawn.Channel, helper: process.Child, by: Deadline, helpers: spawn.Helpers) -> tuple[int, int]:
+    """(pid, pidfd) of the child that `helper` made for us; it is left to `helpers`. Raises what it reports."""
     try:
         pid = channel.receive_pid(by)
-    finally:
-        end_child(helper.pidfd, kill=False)
+    except BaseException:
+        end_child(helper.pidfd)
+        raise
+    helpers.leave(helper.pidfd)
     return pid, os.pidfd_open(pid)
 
 

@@ -94,7 +94,9 @@ class ContainerDriver:
         stdio = None if has_terminal else Stdio(plan.stdin)
         if stdio is not None:
             undo.add("close the streams", stdio.close_ours)
-        ours, pid, pidfd = self._spawn(job, plan, group, starter, stdio, undo, by)
+        helpers = spawn.Helpers(loop)
+        undo.add("reap the helpers", helpers.reap)
+        ours, pid, pidfd = self._spawn(job, plan, group, starter, stdio, helpers, by)
         undo.add("close the channel", ours.close)
         undo.add("end init", lambda: end_child(pidfd))
         undo.add("kill the rest", group.kill)
@@ -105,11 +107,11 @@ class ContainerDriver:
             undo.add("close the terminal", lambda: close_streams(streams))
         first = ContainerProcess(pid, pidfd, streams, has_terminal, group)
         spares = Spares(loop, [] if _counts(resources) or "pid" not in job.fresh else group.joins)
-        return Container(plan.id, first, ours, group, loop, program, files, "pid" in job.fresh, spares)
+        return Container(plan.id, first, ours, group, loop, program, files, "pid" in job.fresh, spares, helpers)
 
     def _spawn(
-        self, job: init.Job, plan: LaunchPlan, group: Group, starter: Starter | None, stdio: Stdio | None, undo: Undo,
-        by: Deadline,
+        self, job: init.Job, plan: LaunchPlan, group: Group, starter: Starter | None, stdio: Stdio | None,
+        helpers: spawn.Helpers, by: Deadline,
     ) -> tuple[spawn.Channel, int, int]:  # fmt: skip
         """Start the child that will be init: (our end of the channel, pid, pidfd)."""
         joined = open_namespaces(plan.config)
@@ -119,7 +121,7 @@ class ContainerDriver:
             fds = [fd for _, fd in joined]
             if starter is not None:
                 try:
-                    return starter.start(job, theirs, fds, by)
+                    return starter.start(job, theirs, fds, helpers, by)
                 except (OSError, Internal):  # it was killed; its cgroups are there, and what it would have done is done here
                     starter.close()
                     job = job._replace(cgroup_joins=group.joins)
@@ -128,7 +130,7 @@ class ContainerDriver:
             if "pid" in job.joined:
                 child = spawn.clone(0, lambda: _help(job, given, cgroup))
                 end.close()
-                pid, pidfd = adopt_child(ours, child, by)
+                pid, pidfd = adopt_child(ours, child, by, helpers)
             else:
                 pid, pidfd = spawn.clone(init.clone_flags(job), lambda: init.run(job, given), cgroup=cgroup)
                 end.close()

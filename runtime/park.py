@@ -56,8 +56,10 @@ class Starter:
             return False
         return True
 
-    def start(self, job: init.Job, stdio: list[int], joined: list[int], by: Deadline) -> tuple[spawn.Channel, int, int]:
-        """Let it clone init: (our end of the channel, pid, pidfd)."""
+    def start(
+        self, job: init.Job, stdio: list[int], joined: list[int], helpers: spawn.Helpers, by: Deadline
+    ) -> tuple[spawn.Channel, int, int]:
+        """Let it clone init: (our end of the channel, pid, pidfd). The starter is left to `helpers`."""
         text = memfd.sealed("ambi-job", marshal.dumps(tuple(job)))
         try:
             self._channel.send("job", len(stdio), fds=(text, *stdio, *joined))
@@ -65,7 +67,8 @@ class Starter:
         finally:
             os.close(text)
         pidfd = os.pidfd_open(pid)
-        self._reap()
+        self._open = False
+        helpers.leave(self._child.pidfd)
         return self._channel, pid, pidfd
 
     def _reap(self) -> None:

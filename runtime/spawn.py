@@ -27,6 +27,7 @@ from typing import Any, NoReturn
 
 from ambi.core.deadline import Deadline
 from ambi.core.errors import DeadlineExceeded, Internal, from_wire
+from ambi.core.loop import POLLIN, Loop
 from ambi.linux import process
 from runtime.finish import Filter, explain
 
@@ -149,6 +150,33 @@ def wait_for_start(channel: Channel) -> Filter:
     if message is None or message[0] != "start":
         os._exit(125)
     return Filter(message[1], message[2])
+
+
+class Helpers:
+    """Helpers that have done their work and are about to end: reaped when they have, while nobody waits for that.
+
+    The end of a process that has joined namespaces and cgroups may sleep for a grace period of the kernel.
+    """
+
+    def __init__(self, loop: Loop) -> None:
+        self._loop = loop
+        self._pidfds: set[int] = set()
+
+    def leave(self, pidfd: int) -> None:
+        """Take over the descriptor of one."""
+        self._pidfds.add(pidfd)
+        self._loop.watch(pidfd, POLLIN, lambda _: self._reap(pidfd))
+
+    def reap(self) -> None:
+        """Wait for all."""
+        for pidfd in list(self._pidfds):
+            self._reap(pidfd)
+
+    def _reap(self, pidfd: int) -> None:
+        self._pidfds.remove(pidfd)
+        self._loop.unwatch(pidfd)
+        os.waitid(os.P_PIDFD, pidfd, os.WEXITED)
+        os.close(pidfd)
 
 
 def expect(channel: Channel, kind: str, by: Deadline, what: str) -> tuple[Message, list[int]]:
