@@ -15,6 +15,7 @@ from hyper.qemu.cgroup import Limits
 from hyper.qemu.share import BINDS_TAG, ROOT_TAG, Bind
 
 INIT_ANNOTATION = "ambi.init"
+DISPOSABLE_ANNOTATION = "ambi.disposable"
 CAPABILITY_TAGS = {
     "bounding": ProcessTag.BOUNDING,
     "effective": ProcessTag.EFFECTIVE,
@@ -64,6 +65,12 @@ def setup(plan: LaunchPlan) -> Items:
     if (config.get("annotations") or {}).get(INIT_ANNOTATION) == "1":
         items.append((SetupTag.INIT, 1))
     return items
+
+
+def disposable(plan: LaunchPlan) -> bool:
+    """Whether nothing that the guest has not written yet is of use to anybody: neither its disk nor a shared tree."""
+    annotations = plan.config.get("annotations") or {}
+    return annotations.get(DISPOSABLE_ANNOTATION) == "1" and not shares(plan)
 
 
 def _mount(number: int, mount: dict[str, Any]) -> Items:

@@ -23,6 +23,8 @@ RESOURCES = {
     "pids": frozenset(("limit",)),
 }
 IGNORED_RESOURCES = ("devices",)
+REFUSED = ("devices", "intelRdt", "uidMappings", "gidMappings", "timeOffsets", "mountLabel", "personality", "memoryPolicy")
+OWN_PROPAGATION = (None, "", "private", "rprivate", "unbindable", "runbindable")
 
 
 def problems(plan: LaunchPlan) -> list[Problem]:
@@ -106,7 +108,7 @@ def _resources(plan: LaunchPlan) -> Iterator[Problem]:
 
 def _process(plan: LaunchPlan) -> Iterator[Problem]:
     body = plan.config["process"]
-    for key in ("apparmorProfile", "selinuxLabel", "scheduler", "ioPriority"):
+    for key in ("apparmorProfile", "selinuxLabel", "scheduler", "ioPriority", "execCPUAffinity"):
         if body.get(key):
             yield Problem(f"process.{key}: a virtual machine does not support it", HINT)
     try:
@@ -116,8 +118,11 @@ def _process(plan: LaunchPlan) -> Iterator[Problem]:
 
 
 def _rest(plan: LaunchPlan) -> Iterator[Problem]:
-    for name in ("devices", "intelRdt", "uidMappings", "gidMappings"):
-        if plan.config["linux"].get(name):
+    linux = plan.config["linux"]
+    for name in REFUSED:
+        if linux.get(name):
             yield Problem(f"linux.{name}: a virtual machine does not support it", HINT)
+    if linux.get("rootfsPropagation") not in OWN_PROPAGATION:
+        yield Problem("linux.rootfsPropagation: mounts do not propagate between a virtual machine and its host", HINT)
     for name in plan.config.get("hooks") or {}:
         yield Problem(f"hooks.{name}: a virtual machine does not support it", HINT)

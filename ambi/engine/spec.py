@@ -45,7 +45,7 @@ def prepare(instance: InstanceId, isolation: Isolation, spec: CreateSpec, data_d
         "domainname": config.text("Domainname"),
         "mounts": mounts.all_mounts(host, own),
         "linux": _linux(instance, isolation, host, options),
-        "annotations": {"ambi.init": "1"} if host.flag("Init") else {},
+        "annotations": _annotations(host),
     }
     made = netfiles.build(config, host)
     files = tuple(File(PurePosixPath(path), 0o644, text) for path, text in made.items() if path not in own.targets)
@@ -84,6 +84,12 @@ def environment(config: Body) -> list[str]:
     names = {item.partition("=")[0] for item in base}
     merged = [values.get(item.partition("=")[0], item) for item in base]
     return [x for x in merged + [x for x in own if x.partition("=")[0] not in names] if "=" in x]
+
+
+def _annotations(host: Body) -> dict[str, str]:
+    """What is removed at its end need not be written out before: see ambi/core/plan.py."""
+    asked = {"ambi.init": host.flag("Init"), "ambi.disposable": host.flag("AutoRemove")}
+    return {name: "1" for name, wanted in asked.items() if wanted}
 
 
 def _process(config: Body, host: Body, options: security.SecurityOptions) -> dict[str, Any]:

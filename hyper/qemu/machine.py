@@ -177,13 +177,16 @@ class VirtualMachine:
         self._deleted = True
         left = by.remaining()
         soon = Deadline.after(POWER_OFF_S if left is None else min(left / 2, POWER_OFF_S))
-        if not self._link.ended:
-            self._link.tell(Type.POWER_OFF, 0)
-            try:
-                self._link.wait_for_end(soon)
-            except AmbiError:
-                pass  # it did not flush its disk in time, and is killed
+        if not self._link.ended and not translate.disposable(self._plan):
+            self._power_off(soon)
         self.destroy()
+
+    def _power_off(self, by: Deadline) -> None:
+        self._link.tell(Type.POWER_OFF, 0)
+        try:
+            self._link.wait_for_end(by)
+        except AmbiError:
+            pass  # it did not flush its disk in time, and is killed
 
     def abandon(self) -> None:
         """Undo `create`: nobody has taken the streams of init."""

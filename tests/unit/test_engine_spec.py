@@ -155,6 +155,11 @@ def test_the_environment_is_in_dockers_order() -> None:
     assert oci({"Env": []})["process"]["env"][0] == spec.DEFAULT_PATH
 
 
+def test_annotations_say_what_config_has_no_words_for() -> None:
+    assert oci()["annotations"] == {}
+    assert oci(Init=True, AutoRemove=True)["annotations"] == {"ambi.init": "1", "ambi.disposable": "1"}
+
+
 def test_users_are_left_to_the_driver() -> None:
     assert oci({"User": "alice:staff"}, GroupAdd=["44", "video"])["process"]["user"] == {
         "uid": 0, "gid": 0, "username": "alice:staff", "additionalGids": [44], "additionalGroups": ["video"],

@@ -334,3 +334,14 @@ def test_probe_is_kept_for_this_boot_and_device(tmp_path: Path) -> None:
     assert probe.host(tmp_path).tsc_khz > 100_000
     (tmp_path / probe.CACHE).write_text("{")
     assert probe.host(tmp_path).tsc_khz > 100_000
+
+
+def test_disposable_unless_a_tree_is_shared(tmp_path: Path) -> None:
+    found = plan(tmp_path)
+    found.config["mounts"] = []
+    assert not translate.disposable(found)
+    found.config["annotations"] = {"ambi.disposable": "1"}
+    assert translate.disposable(found)
+    assert not translate.disposable(found._replace(rootfs=Directory(tmp_path)))
+    found.config["mounts"] = [{"destination": "/x", "type": "bind", "source": "/", "options": []}]
+    assert not translate.disposable(found)
