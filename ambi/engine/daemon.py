@@ -16,6 +16,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from pathlib import Path
 from types import FrameType
 from typing import NamedTuple
@@ -109,8 +110,9 @@ def _serve(roots: Roots, stop: threading.Event) -> None:
             server.close()
             roots.socket.unlink(missing_ok=True)
     finally:
+        idle = not engine.list(False, {})
         engine.close()
-        _remove_cgroup()
+        _remove_cgroup(time.monotonic() + (2 if idle else 0))
         log.info("ended")
 
 
@@ -296,14 +298,29 @@ def _leave_cgroup() -> None:
             continue
 
 
-def _remove_cgroup() -> None:
-    """Undo `_leave_cgroup` at the end of the engine. It stays while shims are in it, whose engine was started so."""
+def _remove_cgroup(end: float) -> None:
+    """Undo `_leave_cgroup` at the end of the engine. It stays while shims are in it, whose engine was started so.
+
+    end: until when (monotonic) to wait for the zygote and the last shims, which may still be on their way out.
+    """
     for root in _CGROUP_ROOTS:
         own = root / "ambi" / "engine"
         try:
             if str(os.getpid()) in (own / "cgroup.procs").read_text().split():
                 (root / "cgroup.procs").write_text(str(os.getpid()))
-                own.rmdir()
+                _remove_when_left(own, end)
                 own.parent.rmdir()
         except OSError:
             continue
+
+
+def _remove_when_left(cgroup: Path, end: float) -> None:
+    """Remove it once nobody is in it; OSError when somebody stays."""
+    while True:
+        try:
+            cgroup.rmdir()
+            return
+        except OSError:
+            if time.monotonic() > end:
+                raise
+            time.sleep(0.05)
