@@ -202,7 +202,7 @@ class Container:
             _, fds = spawn.expect(ours, "ready", by, "exec")
             streams = stdio.streams if stdio else terminal_streams(fds)
             undo.add("close the streams", lambda: close_streams(streams))
-            spawn.finish_start(ours, self._program, by)
+            spawn.await_execve(ours, by)
             return ContainerProcess(pid, pidfd, streams, has_terminal, self._group)
         finally:
             if ours is not None:
@@ -213,9 +213,10 @@ class Container:
                 os.close(cgroup)
 
     def _clone(self, job: executor.Job, stdio: list[int], by: Deadline) -> tuple[spawn.Channel, int, int]:
-        """Have a helper make the process of an exec: (our end of the channel to it, pid, pidfd)."""
+        """Have a helper make the process of an exec: (our end of the channel to it, pid, pidfd). It may execute at once."""
         spare = self._spares.take()
         if spare is not None and spare.give(job, stdio):
+            spawn.send_start(spare.channel, self._program)
             try:
                 return spare.channel, *adopt_child(spare.channel, spare.child, by, self._helpers)
             except Internal:  # killed, as for memory that ran out: done without
@@ -227,6 +228,7 @@ class Container:
         try:
             helper = spawn.clone(0, lambda: executor.help_to(job, theirs, stdio))
             theirs.close()
+            spawn.send_start(ours, self._program)
             return ours, *adopt_child(ours, helper, by, self._helpers)
         except BaseException:
             ours.close()

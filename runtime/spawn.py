@@ -79,10 +79,14 @@ class Channel:
         if not poll.poll(None if left is None else int(left * 1000 + 0.999)):
             raise DeadlineExceeded(f"{what} did not happen in time")
         try:
-            data, fds, _, _ = socket.recv_fds(self._socket, _LIMIT, 16, socket.MSG_CMSG_CLOEXEC)
-        except ConnectionResetError:
-            return None, []
+            data, fds = self._read()
+        except ConnectionResetError:  # told once, and before what it sent: it has ended without reading all that we sent
+            data, fds = self._read()
         return (marshal.loads(data) if data else None), fds
+
+    def _read(self) -> tuple[bytes, list[int]]:
+        data, fds, _, _ = socket.recv_fds(self._socket, _LIMIT, 16, socket.MSG_CMSG_CLOEXEC)
+        return data, fds
 
     def close(self) -> None:
         self._socket.close()
@@ -193,10 +197,20 @@ def expect(channel: Channel, kind: str, by: Deadline, what: str) -> tuple[Messag
 
 def finish_start(channel: Channel, program: Filter, by: Deadline) -> None:
     """In the shim: send the child to execve and wait until it has succeeded; raises what the child reports."""
+    send_start(channel, program)
+    await_execve(channel, by)
+
+
+def send_start(channel: Channel, program: Filter) -> None:
+    """In the shim: allow execve. A child that is not there yet finds it when it asks."""
     try:
         channel.send("start", program.program, program.flags)
     except OSError:  # it died; what it said before is still there
         pass
+
+
+def await_execve(channel: Channel, by: Deadline) -> None:
+    """In the shim: wait until execve has succeeded; raises what the child reports."""
     expect(channel, "exec", by, "execve")
     message, _ = channel.receive(by, "execve")
     if message is not None:

@@ -28,6 +28,7 @@ class Session:
         self._ended = ended
         self._outputs: list[Output] = []
         self._input: Input | None = None
+        self.on_end: Callable[[ExitStatus], object] = lambda _: None  # before clients see the end, once
 
     def run(self, process: Process) -> None:
         """Take over the streams of `process`."""
@@ -90,6 +91,8 @@ class Session:
             return
         if self._input is not None:
             self._input.close()
+        if not self.finished:
+            self.on_end(self.exit)
         self.hub.end()
         if not self.finished:
             self.finished = True

@@ -37,7 +37,8 @@ DELETE_SECONDS = 30.0  # what a driver may take to remove things when nobody sai
 START_SECONDS = 120.0
 KEPT_EXECS = 128
 EXEC_GRACE_SECONDS = 1.0  # how long the exit of init waits for the ends of its execs
-LOST = ExitStatus(137, "killed; its end could not be observed")
+KILLED = 137  # by SIGKILL: it may have been for memory
+LOST = ExitStatus(KILLED, "killed; its end could not be observed")
 
 
 class Spec(NamedTuple):
@@ -188,6 +189,7 @@ class Shim:
             options = Attach.from_wire(_field(request, "attach", dict))
             hub.attach(_take_socket(request), options)
         session = Session(self.loop, hub, None, lambda s: self._todo.append(lambda: self._exec_ended(exec_id, s)))
+        session.on_end = lambda status: self._exec_ending(exec_id, status)
         by = Deadline.after(_seconds(request, START_SECONDS))
         try:
             started = self._created.exec(process, bool(body.get("stdin")), by)
@@ -275,15 +277,24 @@ class Shim:
         if len(self._past_execs) > KEPT_EXECS:
             del self._past_execs[next(iter(self._past_execs))]
         self._slow = [hub for hub in (*self._slow, session.hub) if hub.clients]
-        self._tell_oom(session.exit)
-        self.control.event({"event": "exec_exit", "exec_id": exec_id, "exit": session.exit._asdict()})
+        if session.exit.code == KILLED:
+            self._tell_exec_end(exec_id, session.exit)
         if self._init is not None and self._init.finished and not self._execs:
             self._run_ended()
+
+    def _exec_ending(self, exec_id: str, status: ExitStatus) -> None:
+        """Tell of it before its client sees the end of its stream, and asks the engine for the exit code."""
+        if status.code != KILLED:  # else the driver is asked why, which is no time for now
+            self._tell_exec_end(exec_id, status)
+
+    def _tell_exec_end(self, exec_id: str, status: ExitStatus) -> None:
+        self._tell_oom(status)
+        self.control.event({"event": "exec_exit", "exec_id": exec_id, "exit": status._asdict()})
 
     def _tell_oom(self, status: ExitStatus) -> None:
         """Say once that the instance ran out of memory; an exec that was killed may be how it shows."""
         oom = status.oom_killed
-        if not oom and status.code == 137 and self._phase == "running" and self._created is not None:
+        if not oom and status.code == KILLED and self._phase == "running" and self._created is not None:
             try:
                 oom = self._created.usage().oom_kills > 0
             except AmbiError:  # init is gone, and its own status will tell
