@@ -22,7 +22,7 @@ def apply_changes(config: Config, changes: Iterable[str]) -> None:
                 f"'{word}' is not a change that an image can take", hint="use " + ", ".join(sorted(_CHANGES))
             )
         if not rest.strip():
-            raise InvalidRequest(f"{word.upper()} needs an argument")
+            raise InvalidRequest(f"{word.upper()} needs an argument", hint="for example 'CMD echo hello' or 'ENV A=b'")
         change(config, rest.strip())
 
 
@@ -61,13 +61,13 @@ def _pairs(instruction: str, rest: str) -> list[tuple[str, str]]:
     first, blank, value = rest.partition(" ")
     if "=" not in first:
         if not blank:
-            raise InvalidRequest(f"{instruction} {rest}: must be NAME=VALUE")
+            raise InvalidRequest(f"{instruction} {rest}: must be NAME=VALUE", hint=f"{instruction} NAME=VALUE")
         return [(first, value.strip())]
     pairs = []
     for word in _words(rest):
         name, equals, value = word.partition("=")
         if not equals or not name:
-            raise InvalidRequest(f"{instruction} {word}: must be NAME=VALUE")
+            raise InvalidRequest(f"{instruction} {word}: must be NAME=VALUE", hint=f"{instruction} NAME=VALUE")
         pairs.append((name, value))
     return pairs
 
@@ -87,7 +87,7 @@ def _expose(config: Config, rest: str) -> None:
     for word in rest.split():
         port, _, protocol = word.partition("/")
         if not port.isdecimal() or not 0 < int(port) < 65536 or protocol.lower() not in ("", "tcp", "udp", "sctp"):
-            raise InvalidRequest(f"EXPOSE {word}: must be PORT[/tcp|udp|sctp]")
+            raise InvalidRequest(f"EXPOSE {word}: must be PORT[/tcp|udp|sctp]", hint="for example EXPOSE 80/tcp")
         ports[f"{int(port)}/{protocol.lower() or 'tcp'}"] = {}
 
 

@@ -67,12 +67,16 @@ def parse(text: str) -> Reference:
     domain, path = _split(name)
     if not path_form.fullmatch(path):
         if path_form.fullmatch(path.lower()):
-            raise InvalidRequest(f"invalid reference format: repository name '{name}' must be lowercase")
+            raise InvalidRequest(
+                f"invalid reference format: repository name '{name}' must be lowercase", hint=f"use {name.lower()}"
+            )
         raise _invalid(text)
     if not domain_form.fullmatch(domain) or len(domain) + len(path) > _MAX_NAME:
         raise _invalid(text)
     if re.fullmatch(r"[0-9a-f]{64}", name):
-        raise InvalidRequest(f"invalid repository name '{name}': 64 hexadecimal digits are an image id")
+        raise InvalidRequest(
+            f"invalid repository name '{name}': 64 hexadecimal digits are an image id", hint="choose a shorter name"
+        )
     return Reference(domain, path, tag or ("" if digest else "latest"), digest)
 
 

@@ -212,7 +212,9 @@ class Store:
         """An image of one layer from the archive of a root file system, compressed or not. `name` may be empty."""
         wanted = reference.parse(name) if name else None
         if wanted is not None and wanted.digest:
-            raise InvalidRequest(f"cannot import to {name}: a digest cannot be chosen")
+            raise InvalidRequest(
+                f"cannot import to {name}: a digest cannot be chosen", hint="give a name and a tag, as in team/app:1.0"
+            )
         config: dict[str, object] = {}
         apply_changes(config, changes)
         form = self.layer_form()[0]
@@ -289,7 +291,9 @@ class Store:
         """Give `image` one more name, taken from another image when that has it."""
         wanted = reference.parse(name)
         if wanted.digest:
-            raise InvalidRequest(f"cannot tag as {name}: a digest cannot be chosen")
+            raise InvalidRequest(
+                f"cannot tag as {name}: a digest cannot be chosen", hint="give a name and a tag, as in team/app:1.0"
+            )
         with self._mutex:
             self.resolve(image.id)
             with self._database.transaction():

@@ -19,6 +19,7 @@ from runtime.users import Identity
 DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _CAPABILITY_SETS = ("bounding", "effective", "permitted", "inheritable", "ambient")
 _NOTHING = capabilities.Sets(0, 0, 0, 0, 0)
+_CWD_HINT = "name a directory that the image has and the user may enter: -w /DIR"
 
 
 class Filter(NamedTuple):
@@ -119,9 +120,11 @@ def enter_directory(spec: dict[str, Any]) -> None:
         os.chdir(cwd)
         here = os.getcwd()
     except OSError as error:
-        raise InvalidRequest(f'cannot use working directory "{cwd}": {(error.strerror or "").lower()}') from error
+        raise InvalidRequest(
+            f'cannot use working directory "{cwd}": {(error.strerror or "").lower()}', hint=_CWD_HINT
+        ) from error
     if not here.startswith("/"):
-        raise InvalidRequest(f'cannot use working directory "{cwd}": it is outside the root')
+        raise InvalidRequest(f'cannot use working directory "{cwd}": it is outside the root', hint=_CWD_HINT)
 
 
 def capability_sets(spec: dict[str, Any]) -> capabilities.Sets:

@@ -61,7 +61,10 @@ def _find_person(written: str, people: list[_Person]) -> _Person:
         if person.name == written or (number is not None and person.uid == number):
             return person
     if number is None and written:
-        raise InvalidRequest(f"unable to find user {written}: no matching entries in passwd file")
+        raise InvalidRequest(
+            f"unable to find user {written}: no matching entries in passwd file",
+            hint="give a number, or a name in the image's /etc/passwd",
+        )
     return _Person("", number or 0, 0, "")
 
 
@@ -71,7 +74,10 @@ def _find_group(written: str, groups: list[_Group]) -> int:
         if group.name == written:
             return group.gid
     if number is None:
-        raise InvalidRequest(f"unable to find group {written}: no matching entries in group file")
+        raise InvalidRequest(
+            f"unable to find group {written}: no matching entries in group file",
+            hint="give a number, or a name in the image's /etc/group",
+        )
     return number
 
 
@@ -80,7 +86,10 @@ def _additional(name: str, groups: list[_Group]) -> int:
     for group in groups:
         if group.name == name:
             return group.gid
-    raise InvalidRequest(f"Unable to find group {name}: no matching entries in group file")
+    raise InvalidRequest(
+        f"Unable to find group {name}: no matching entries in group file",
+        hint="give a number, or a name in the image's /etc/group",
+    )
 
 
 def _number(text: str) -> int | None:
@@ -89,7 +98,7 @@ def _number(text: str) -> int | None:
         return None
     value = int(text) if len(text) < 20 else _HIGHEST + 1
     if value > _HIGHEST:
-        raise InvalidRequest(f"uids and gids must be in range 0-{_HIGHEST}: {text}")
+        raise InvalidRequest(f"uids and gids must be in range 0-{_HIGHEST}: {text}", hint="give a smaller number, or a name")
     return value
 
 

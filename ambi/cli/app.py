@@ -73,14 +73,34 @@ def each(names: Iterable[str], action: Callable[[str], Any]) -> None:
         try:
             action(name)
         except AmbiError as error:
-            print_error(error)
+            print_error(hinted(error))
             status = error.exit_status
     if status:
         raise ExitWith(status)
 
 
+def hinted(error: AmbiError) -> AmbiError:
+    """`error`; one that nobody gave a hint points to what tells more: the command's help, or the state of the engine."""
+    from ambi.core.errors import Unavailable
+
+    if error.hint is None:
+        context = click.get_current_context(silent=True)
+        path = context.command_path if context else "ambi"
+        error.hint = "ambi engine status" if isinstance(error, Unavailable) else f"{path} --help"
+    return error
+
+
 class DockerCommand(click.Command):
-    """A command whose switches also take a value, as docker's do: `--sig-proxy=false`, `--rm=true`, `-i=false`."""
+    """A command whose switches also take a value, as docker's do: `--sig-proxy=false`, `--rm=true`, `-i=false`.
+
+    Every error that leaves it has a hint.
+    """
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except AmbiError as error:
+            raise hinted(error)  # noqa: B904  the same object, and no context of its own
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         switches: dict[str, tuple[str, bool]] = {}

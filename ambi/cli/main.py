@@ -60,6 +60,22 @@ COMMANDS: dict[str, Entry] = {
 }
 
 
+_NO_PORTS = "there are no networks of ours yet, so no port is published; `--network host` uses the host's (containers only)"
+# What people who come from docker type, and does not exist yet: what to do instead.
+INSTEAD = {
+    "-p": _NO_PORTS,
+    "--publish": _NO_PORTS,
+    "-P": _NO_PORTS,
+    "--publish-all": _NO_PORTS,
+    "--expose": _NO_PORTS,
+    "--restart": "leave it out, and start the instance again yourself: ambi start NAME",
+    "--pull": "leave it out, and load the image first: ambi load -i FILE",
+    "--volumes-from": "bind the same directories of the host: -v /path:/path",
+    "--link": "leave it out: there are no networks of ours yet",
+    "--gpus": "leave it out, or pass on a device: --device /dev/NAME",
+}
+
+
 class LazyGroup(click.Group):
     """The commands of COMMANDS, imported one at a time, and listed without being imported."""
 
@@ -172,6 +188,8 @@ def usage_error(error: click.ClickException) -> AmbiError:
     what, similar = _guess(error)
     message = what or message
     hint = f"did you mean {similar}?" if similar else hint
+    if isinstance(error, click.NoSuchOption):
+        hint = INSTEAD.get(error.option_name, hint)
     return InvalidRequest(message[:1].lower() + message[1:], hint=hint)
 
 

@@ -29,7 +29,11 @@ def print_error(error: AmbiError) -> None:
     """`error: ...` and, where there is one, `hint: ...` on stderr."""
     say("error", error.message, RED)
     if error.hint:
-        say("hint", error.hint, CYAN)
+        hint(error.hint)
+
+
+def hint(text: str) -> None:
+    say("hint", text, CYAN)
 
 
 def note(text: str) -> None:

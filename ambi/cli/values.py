@@ -46,7 +46,7 @@ def _lines(flag: str, path: str) -> Iterator[str]:
         with open(path, encoding="utf-8-sig") as file:
             lines = file.read().splitlines()
     except UnicodeDecodeError:
-        raise InvalidRequest(f"the file of {flag} is not UTF-8: {path}") from None
+        raise InvalidRequest(f"the file of {flag} is not UTF-8: {path}", hint="a line is NAME=VALUE, in UTF-8") from None
     except OSError as error:
         raise from_os_error(f"cannot read the file of {flag}", error) from error
     for number, line in enumerate((line.lstrip() for line in lines), 1):

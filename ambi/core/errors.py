@@ -32,11 +32,12 @@ class AmbiError(Exception):
 
     exit_status = 125
     http_status = 500
+    usual_hint: str | None = None  # of a class whose fix is always the same
 
     def __init__(self, message: str, *, hint: str | None = None) -> None:
         super().__init__(message)
         self.message = message
-        self.hint = hint
+        self.hint = hint or self.usual_hint
 
     def __str__(self) -> str:
         return self.message
@@ -63,6 +64,7 @@ class CommandNotFound(NotFound):
 
     exit_status = 127
     http_status = 400
+    usual_hint = "name the program's whole path, or look inside: ambi run --rm -it --entrypoint sh IMAGE"
 
 
 class CommandNotExecutable(AmbiError):
@@ -70,6 +72,7 @@ class CommandNotExecutable(AmbiError):
 
     exit_status = 126
     http_status = 400
+    usual_hint = "name a program that the user may execute, or a script by its interpreter, as in `sh FILE`"
 
 
 class Conflict(AmbiError):
@@ -102,7 +105,7 @@ class DeadlineExceeded(Unavailable):
 
 
 class Internal(AmbiError):
-    pass
+    usual_hint = "this is a fault of ambi: report it with what engine.log in the data root says"
 
 
 _KINDS: dict[str, type[AmbiError]] = {
@@ -130,9 +133,11 @@ def from_os_error(what: str, error: OSError) -> AmbiError:
     if error.errno in (_errno.EACCES, _errno.EPERM):
         return Forbidden(message, hint="run as root, or as a member of the group `ambi`")
     if error.errno == _errno.ENOENT:
-        return NotFound(message)
+        return NotFound(message, hint="see that the path exists, and is spelled as it is there: ls -ld PATH")
     if error.errno == _errno.EEXIST:
-        return Conflict(message)
+        return Conflict(message, hint="remove it, or choose another name")
+    if error.errno in (_errno.EISDIR, _errno.ENOTDIR):
+        return InvalidRequest(message, hint="`ls -ld PATH` shows what is a file there and what a directory")
     if error.errno in (_errno.ENOSYS, _errno.EOPNOTSUPP):
         return Unsupported(message, hint="`ambi doctor` shows what this host can do")
     return Internal(message)

@@ -55,7 +55,7 @@ def _running(record: Record) -> Run:
     if record.state.status is Status.PAUSED:
         raise Conflict(f"Container {record.id} is paused, unpause the container before exec")
     if not record.state.running or run is None or record.removing:
-        raise Conflict(f"Container {record.id} is not running")
+        raise Conflict(f"Container {record.id} is not running", hint=f"ambi start {record.name}")
     return run
 
 

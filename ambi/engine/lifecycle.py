@@ -212,7 +212,8 @@ def kill(core: Core, id: str, signal: str | None) -> None:
     record = core.registry.find(id)
     number = signals.parse(signal) if signal else _KILL
     if not record.state.running:
-        raise Conflict(f"Cannot kill container: {id}: Container {record.id} is not running")
+        hint = "`ambi ps` lists what runs"
+        raise Conflict(f"Cannot kill container: {id}: Container {record.id} is not running", hint=hint)
     run = record.run
     send(core, record, number)
     if number == _KILL:
@@ -222,12 +223,12 @@ def kill(core: Core, id: str, signal: str | None) -> None:
 def rename(core: Core, id: str, name: str) -> None:
     record = core.registry.find(id)
     if not name:
-        raise InvalidRequest("Neither old nor new names may be empty")
+        raise InvalidRequest("Neither old nor new names may be empty", hint="ambi rename OLD NEW")
     with record.lock:
         check_present(record)
         old, new = record.name, names.checked(name)
         if new == old:
-            raise InvalidRequest("Renaming a container with the same name as its current name")
+            raise InvalidRequest("Renaming a container with the same name as its current name", hint="choose another name")
         try:
             core.registry.reserve(new, record.id)
         except Conflict as error:
@@ -265,7 +266,8 @@ def _remove(core: Core, record: Record) -> None:
         if record.state.running:
             raise Conflict(
                 f"You cannot remove a running container {record.id}. Stop the container before attempting removal or"
-                " force remove"
+                " force remove",
+                hint=f"ambi stop {record.name}, or ambi rm -f {record.name}",
             )
         record.removing = True
     try:

@@ -20,17 +20,21 @@ def supervision(config: Body, host: Body, log: Path) -> Supervision:
         raise InvalidRequest(f"--log-driver {driver} is not supported", hint="use json-file or none")
     if driver == "none":
         if options:
-            raise InvalidRequest(f"--log-opt {next(iter(options))}: log driver none has no options")
+            raise InvalidRequest(
+                f"--log-opt {next(iter(options))}: log driver none has no options", hint="leave --log-opt out"
+            )
         return Supervision(open_stdin=stdin, stdin_once=once)
     for name in options:
         if name not in ("max-size", "max-file"):
-            raise InvalidRequest(f"unknown log opt '{name}' for json-file log driver")
+            raise InvalidRequest(
+                f"unknown log opt '{name}' for json-file log driver", hint="log options: max-size and max-file"
+            )
     size = _size(options["max-size"]) if "max-size" in options else 0
     count = options.get("max-file", "1")
     if not count.isascii() or not count.isdigit() or int(count) < 1:
-        raise InvalidRequest("max-file cannot be less than 1")
+        raise InvalidRequest("max-file cannot be less than 1", hint="--log-opt max-file=1")
     if int(count) > 1 and not size:
-        raise InvalidRequest("max-file cannot be specified without max-size")
+        raise InvalidRequest("max-file cannot be specified without max-size", hint="add --log-opt max-size=10m")
     return Supervision(log, size, int(count), stdin, once)
 
 

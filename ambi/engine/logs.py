@@ -23,7 +23,7 @@ def logs(core: Core, id: str, query: LogQuery) -> Iterator[LogEntry | None]:
         raise InvalidRequest("Bad parameters: you must choose at least one stream")
     path = record.snapshot(core.roots).log_path
     if path is None:
-        raise Unsupported("configured logging driver does not support reading")
+        raise Unsupported("configured logging driver does not support reading", hint="create it without --log-driver none")
 
     def read(follow: logread.Follow | None) -> Iterator[LogEntry]:
         found = logread.entries(path, tail=query.tail, since_ns=query.since_ns, until_ns=query.until_ns, follow=follow)

@@ -57,17 +57,22 @@ def parse(host: Body) -> Mounts:
     seen: set[str] = set()
     for target in [b.target for b in binds] + [m["destination"] for m in tmpfs]:
         if target in seen:
-            raise InvalidRequest(f"Duplicate mount point: {target}")
+            raise InvalidRequest(f"Duplicate mount point: {target}", hint="mount one thing at each path")
         seen.add(target)
     return Mounts(tuple(binds), tuple(tmpfs))
 
 
 def _target(path: str, what: str) -> str:
     if not path.startswith("/"):
-        raise InvalidRequest(f"invalid mount config for '{what}': mount path must be absolute: '{path}'")
+        raise InvalidRequest(
+            f"invalid mount config for '{what}': mount path must be absolute: '{path}'",
+            hint="the path inside begins with `/`, for example -v /srv:/data",
+        )
     clean = posixpath.normpath("/" + path.lstrip("/"))
     if clean == "/":
-        raise InvalidRequest(f"invalid mount config for '{what}': destination can't be '/'")
+        raise InvalidRequest(
+            f"invalid mount config for '{what}': destination can't be '/'", hint="mount below the root, for example at /data"
+        )
     return clean
 
 
@@ -76,7 +81,7 @@ def _volume(text: str) -> Bind:
     source, _, rest = text.partition(":")
     target, _, modes = rest.partition(":")
     if not target or ":" in modes:
-        raise InvalidRequest(f"invalid volume specification: '{text}'")
+        raise InvalidRequest(f"invalid volume specification: '{text}'", hint="-v SOURCE:TARGET[:ro]")
     if not source.startswith("/"):
         raise InvalidRequest(
             f"--volume {text}: named volumes are not supported yet", hint="give an absolute path of the host as source"
@@ -90,9 +95,11 @@ def _volume(text: str) -> Bind:
         elif mode == "nocopy":
             nocopy = True
         elif mode not in _NO_EFFECT:
-            raise InvalidRequest(f"invalid mode: {mode} in volume '{text}'")
+            raise InvalidRequest(
+                f"invalid mode: {mode} in volume '{text}'", hint="modes: ro, rw, or a propagation such as rslave"
+            )
     if nocopy:
-        raise InvalidRequest(f"invalid volume specification: '{text}': nocopy is for named volumes")
+        raise InvalidRequest(f"invalid volume specification: '{text}': nocopy is for named volumes", hint="leave nocopy out")
     options = ("rbind", propagation) + (("ro",) if readonly else ())
     return Bind(posixpath.normpath(source), _target(target, text), options, True)
 
@@ -102,17 +109,23 @@ def _bind(entry: Body) -> Bind:
     source, target = entry.text("Source"), _target(entry.text("Target"), "bind")
     if not source.startswith("/"):
         raise InvalidRequest(
-            f"invalid mount config for type \"bind\": invalid mount path: '{source}' mount path must be absolute"
+            f"invalid mount config for type \"bind\": invalid mount path: '{source}' mount path must be absolute",
+            hint="give a path of the host that begins with `/`",
         )
     options = entry.object("BindOptions")
     propagation = options.text("Propagation") or "rprivate"
     if propagation not in _PROPAGATION:
-        raise InvalidRequest(f'invalid mount config for type "bind": invalid propagation: {propagation}')
+        raise InvalidRequest(
+            f'invalid mount config for type "bind": invalid propagation: {propagation}',
+            hint="propagations: " + " ".join(sorted(_PROPAGATION)),
+        )
     _only(options, "BindOptions", ("Propagation", "NonRecursive", "CreateMountpoint"))
     _only(entry, "Mounts", ("Type", "Source", "Target", "ReadOnly", "Consistency", "BindOptions"))
     make = options.flag("CreateMountpoint")
     if not make and not os.path.lexists(source):
-        raise InvalidRequest(f'invalid mount config for type "bind": bind source path does not exist: {source}')
+        raise InvalidRequest(
+            f'invalid mount config for type "bind": bind source path does not exist: {source}', hint=f"mkdir -p {source}"
+        )
     flags = ["bind" if options.flag("NonRecursive") else "rbind", propagation]
     if entry.flag("ReadOnly"):
         flags.append("ro")
@@ -121,7 +134,9 @@ def _bind(entry: Body) -> Bind:
 
 def _tmpfs_entry(entry: Body) -> Mount:
     if entry.text("Source"):
-        raise InvalidRequest('invalid mount config for type "tmpfs": field Source must not be specified')
+        raise InvalidRequest(
+            'invalid mount config for type "tmpfs": field Source must not be specified', hint="leave src out"
+        )
     _only(entry, "Mounts", ("Type", "Source", "Target", "ReadOnly", "Consistency", "TmpfsOptions"))
     options = entry.object("TmpfsOptions")
     _only(options, "TmpfsOptions", ("SizeBytes", "Mode"))
@@ -138,7 +153,7 @@ def _tmpfs(target: str, words: list[str]) -> Mount:
     for word in words:
         name, equals, value = word.partition("=")
         if (equals and (name not in _TMPFS_VALUES or not value)) or (not equals and name not in _TMPFS_FLAGS):
-            raise InvalidRequest(f"invalid tmpfs option '{word}'")
+            raise InvalidRequest(f"invalid tmpfs option '{word}'", hint="for example --tmpfs /tmp:size=64m,mode=1777")
         opposite = name[2:] if name.startswith("no") else f"no{name}"
         options = [x for x in options if x not in (opposite, word)]
         options.append(word)
@@ -148,7 +163,7 @@ def _tmpfs(target: str, words: list[str]) -> Mount:
 def _only(body: Body, name: str, allowed: tuple[str, ...]) -> None:
     for key, value in body.data.items():
         if value and key not in allowed and value != {}:
-            raise InvalidRequest(f"{name}.{key} is not supported")
+            raise InvalidRequest(f"{name}.{key} is not supported", hint=f"leave {key} out")
 
 
 def make_sources(binds: tuple[Bind, ...]) -> None:
@@ -157,7 +172,10 @@ def make_sources(binds: tuple[Bind, ...]) -> None:
         if os.path.lexists(bind.source):
             continue
         if not bind.make_source:
-            raise InvalidRequest(f'invalid mount config for type "bind": bind source path does not exist: {bind.source}')
+            raise InvalidRequest(
+                f'invalid mount config for type "bind": bind source path does not exist: {bind.source}',
+                hint=f"mkdir -p {bind.source}",
+            )
         try:
             os.makedirs(bind.source, 0o755, exist_ok=True)
         except OSError as error:
@@ -186,7 +204,7 @@ def default_mounts(host: Body) -> list[Mount]:
     if ipc != "none":
         size = host.number("ShmSize") or SHM_BYTES
         if size < 0:
-            raise InvalidRequest("SHM size can not be less than 0")
+            raise InvalidRequest("SHM size can not be less than 0", hint="for example --shm-size 64m")
         mounts.append(_mount("/dev/shm", "tmpfs", "shm", ["nosuid", "noexec", "nodev", "mode=1777", f"size={size}"]))
     return mounts
 

@@ -50,5 +50,8 @@ def checked(name: str) -> str:
     """`name` without Docker's leading slash. Raises InvalidRequest."""
     plain = name.removeprefix("/")
     if len(plain) < 2 or plain[0] not in _FIRST or not all(c in _REST for c in plain) or len(plain) > 255:
-        raise InvalidRequest(f"Invalid container name ({name}), only [a-zA-Z0-9][a-zA-Z0-9_.-] are allowed")
+        raise InvalidRequest(
+            f"Invalid container name ({name}), only [a-zA-Z0-9][a-zA-Z0-9_.-] are allowed",
+            hint="2 to 255 letters, digits, `_`, `.` and `-`, the first a letter or digit: --name web-1",
+        )
     return plain

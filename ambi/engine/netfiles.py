@@ -33,9 +33,11 @@ def _extra_host(item: str) -> str:
     name, _, address = item.partition(separator)
     address = address.strip("[]")
     if address == "host-gateway":
-        raise InvalidRequest("--add-host with host-gateway is not supported yet")
+        raise InvalidRequest(
+            "--add-host with host-gateway is not supported yet", hint="give the address: --add-host NAME:IP"
+        )
     if not name or not is_address(address) or any(c.isspace() for c in name):
-        raise InvalidRequest(f'bad format for add-host: "{item}"')
+        raise InvalidRequest(f'bad format for add-host: "{item}"', hint="--add-host NAME:IP")
     return f"{address}\t{name}\n"
 
 
@@ -43,7 +45,7 @@ def _resolv(host: Body) -> str:
     servers, search, options = host.strings("Dns"), host.strings("DnsSearch"), host.strings("DnsOptions")
     for server in servers:
         if not is_address(server):
-            raise InvalidRequest(f"--dns: {server} is not an IP address")
+            raise InvalidRequest(f"--dns: {server} is not an IP address", hint="for example --dns 192.0.2.53")
     for word in search + options:
         if not word or any(c.isspace() for c in word):
             raise InvalidRequest(f"--dns-search or --dns-option: '{word}' is not one word")

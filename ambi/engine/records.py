@@ -134,7 +134,8 @@ class Registry:
         if owner != id:
             raise Conflict(
                 f'Conflict. The container name "/{name}" is already in use by container "{owner}". You have to remove'
-                " (or rename) that container to be able to reuse that name."
+                " (or rename) that container to be able to reuse that name.",
+                hint=f"ambi rm -f {name}, or ambi rename {name} NEW, or another --name",
             )
 
     def release(self, name: str) -> None:
@@ -161,7 +162,9 @@ class Registry:
             if record is None and id:
                 found = [r for key, r in self._records.items() if key.startswith(id)]
                 if len(found) > 1:
-                    raise InvalidRequest(f"Multiple IDs found with provided prefix: {id}")
+                    raise InvalidRequest(
+                        f"Multiple IDs found with provided prefix: {id}", hint="give more of the ID, or the name"
+                    )
                 record = found[0] if found else None
         if record is None:
             raise NotFound(f"No such container: {id}")

@@ -74,9 +74,15 @@ def check(spec: CreateSpec) -> list[str]:
         if not value or value in _NEUTRAL.get(key, ()) or _empty(value):
             continue
         if key not in _SUPPORTED:
-            raise InvalidRequest(f"{_REFUSED.get(key, f'HostConfig.{key}')} is not supported yet")
+            raise InvalidRequest(
+                f"{_REFUSED.get(key, f'HostConfig.{key}')} is not supported yet",
+                hint="leave it out; `ambi run --help` lists what works",
+            )
         if isolation is Isolation.VM and key in _CONTAINER_ONLY:
-            raise InvalidRequest(f"{_CONTAINER_ONLY[key]} is not supported for a VM")
+            raise InvalidRequest(
+                f"{_CONTAINER_ONLY[key]} is not supported for a VM",
+                hint="leave it out, or run it as a container: --isolation container",
+            )
     _check_restart(host)
     _check_modes(host, isolation)
     _check_config(config)
@@ -92,7 +98,7 @@ def _empty(value: Any) -> bool:
 def _check_restart(host: Body) -> None:
     policy = host.object("RestartPolicy").text("Name")
     if policy not in ("", "no", "always", "unless-stopped", "on-failure"):
-        raise InvalidRequest(f"invalid restart policy '{policy}'")
+        raise InvalidRequest(f"invalid restart policy '{policy}'", hint="leave --restart out")
     if policy not in ("", "no"):
         raise InvalidRequest(f"--restart {policy} is not supported yet", hint="leave --restart out")
 
@@ -103,9 +109,12 @@ def _check_modes(host: Body, isolation: Isolation) -> None:
         mode = host.text(key)
         allowed = ("", "private") if key == "CgroupnsMode" else ("", "private", "host")
         if mode not in allowed and not (key == "IpcMode" and mode == "none"):
-            raise InvalidRequest(f"{flag} {mode} is not supported yet")
+            raise InvalidRequest(f"{flag} {mode} is not supported yet", hint=f"leave {flag} out")
         if mode == "host" and isolation is Isolation.VM:
-            raise InvalidRequest(f"{flag} host is not possible for a VM: it has a kernel of its own")
+            raise InvalidRequest(
+                f"{flag} host is not possible for a VM: it has a kernel of its own",
+                hint=f"leave {flag} out, or run it as a container: --isolation container",
+            )
 
 
 def _check_network(host: Body, networking: Body, isolation: Isolation) -> list[str]:
@@ -119,7 +128,10 @@ def _check_network(host: Body, networking: Body, isolation: Isolation) -> list[s
         raise InvalidRequest(f"--network {mode} is not supported yet", hint="use --network none or --network host")
     for name, endpoint in networking.object("EndpointsConfig").data.items():
         if name not in LOCAL_NETWORKS + ("host",) or (endpoint and not _empty(endpoint)):
-            raise InvalidRequest(f"settings of network {name} are not supported yet")
+            raise InvalidRequest(
+                f"settings of network {name} are not supported yet",
+                hint="use --network none or --network host, without further settings",
+            )
     if mode in ("none", "host"):
         return []
     return ["There are no networks yet: the instance has only its loopback interface, as with --network none."]
@@ -127,17 +139,17 @@ def _check_network(host: Body, networking: Body, isolation: Isolation) -> list[s
 
 def _check_config(config: Body) -> None:
     if config.text("MacAddress"):
-        raise InvalidRequest("--mac-address is not supported yet")
+        raise InvalidRequest("--mac-address is not supported yet", hint="leave --mac-address out")
     for path in config.object("Volumes").data:
         raise InvalidRequest(f"--volume {path}: anonymous volumes are not supported yet", hint=f"use --tmpfs {path}")
     test = config.object("Healthcheck").strings("Test")
     if test and test != ["NONE"]:
-        raise InvalidRequest("--health-cmd is not supported yet")
+        raise InvalidRequest("--health-cmd is not supported yet", hint="leave it out, or give --no-healthcheck")
     if config.number("StopTimeout") < -1:
-        raise InvalidRequest("--stop-timeout must not be negative")
+        raise InvalidRequest("--stop-timeout must not be negative", hint="--stop-timeout 10")
     for item in config.strings("Env"):
         if not item or item.startswith("="):
-            raise InvalidRequest(f"invalid environment variable: {item}")
+            raise InvalidRequest(f"invalid environment variable: {item}", hint="-e NAME=VALUE")
 
 
 def complete(spec: CreateSpec, image: dict[str, Any], instance: str) -> CreateSpec:
@@ -171,7 +183,10 @@ def complete(spec: CreateSpec, image: dict[str, Any], instance: str) -> CreateSp
         shared = host.text("NetworkMode") == "host" or host.text("UTSMode") == "host"
         merged["Hostname"] = os.uname().nodename if shared else instance[:12]
     if merged.get("WorkingDir") and not merged["WorkingDir"].startswith("/"):
-        raise InvalidRequest(f"the working directory '{merged['WorkingDir']}' is invalid, it needs to be an absolute path")
+        raise InvalidRequest(
+            f"the working directory '{merged['WorkingDir']}' is invalid, it needs to be an absolute path",
+            hint=f"-w /{merged['WorkingDir']}",
+        )
     return CreateSpec(merged, host.data, spec.networking or {})
 
 

@@ -40,13 +40,21 @@ def limits(host: Body) -> dict[str, Any]:
 def _memory(host: Body) -> dict[str, int]:
     limit, swap, soft = host.number("Memory"), host.number("MemorySwap"), host.number("MemoryReservation")
     if 0 < limit < MINIMUM_MEMORY or limit < 0:
-        raise InvalidRequest("Minimum memory limit allowed is 6MB")
+        raise InvalidRequest("Minimum memory limit allowed is 6MB", hint="give it more, for example --memory 64m")
     if 0 < swap < limit:
-        raise InvalidRequest("Minimum memoryswap limit should be larger than memory limit, see usage")
+        raise InvalidRequest(
+            "Minimum memoryswap limit should be larger than memory limit, see usage",
+            hint="--memory-swap counts memory and swap together; -1 is no limit",
+        )
     if swap > 0 and not limit:
-        raise InvalidRequest("You should always set the Memory limit when using Memoryswap limit, see usage")
+        raise InvalidRequest(
+            "You should always set the Memory limit when using Memoryswap limit, see usage", hint="add --memory SIZE"
+        )
     if soft and (soft < MINIMUM_MEMORY or 0 < limit < soft):
-        raise InvalidRequest("Minimum memory limit can not be less than memory reservation limit, see usage")
+        raise InvalidRequest(
+            "Minimum memory limit can not be less than memory reservation limit, see usage",
+            hint="raise --memory, or lower --memory-reservation",
+        )
     found = {}
     if limit:
         found["limit"] = limit
@@ -61,22 +69,35 @@ def _cpu(host: Body) -> dict[str, Any]:
     count = os.cpu_count() or 1
     if nano:
         if period or quota:
-            raise InvalidRequest("Conflicting options: Nano CPUs and CPU Period or Quota cannot both be set")
+            raise InvalidRequest(
+                "Conflicting options: Nano CPUs and CPU Period or Quota cannot both be set",
+                hint="leave --cpus out, or --cpu-period and --cpu-quota",
+            )
         if not 10_000_000 <= nano <= count * 1_000_000_000:
-            raise InvalidRequest(f"Range of CPUs is from 0.01 to {count}.00, as there are only {count} CPUs available")
+            raise InvalidRequest(
+                f"Range of CPUs is from 0.01 to {count}.00, as there are only {count} CPUs available",
+                hint=f"--cpus {count} is all of this host",
+            )
         period, quota = 100_000, nano // 10_000
     if period and not 1_000 <= period <= 1_000_000:
-        raise InvalidRequest("CPU cfs period can not be less than 1ms (i.e. 1000) or larger than 1s (i.e. 1000000)")
+        raise InvalidRequest(
+            "CPU cfs period can not be less than 1ms (i.e. 1000) or larger than 1s (i.e. 1000000)", hint="use --cpus"
+        )
     if 0 < quota < 1_000:
-        raise InvalidRequest("CPU cfs quota can not be less than 1ms (i.e. 1000)")
+        raise InvalidRequest("CPU cfs quota can not be less than 1ms (i.e. 1000)", hint="use --cpus")
     shares = host.number("CpuShares")
     if shares < 0:
-        raise InvalidRequest(f"invalid CPU shares ({shares}): value must be a positive integer")
+        raise InvalidRequest(
+            f"invalid CPU shares ({shares}): value must be a positive integer", hint="--cpu-shares 1024 is the usual weight"
+        )
     found: dict[str, Any] = {"shares": shares, "quota": quota, "period": period}
     for key, name in (("CpusetCpus", "cpus"), ("CpusetMems", "mems")):
         text = host.text(key)
         if text and not all(c in "0123456789,-" for c in text):
-            raise InvalidRequest(f"Invalid value {text} for {'cpuset cpus' if name == 'cpus' else 'cpuset mems'}")
+            raise InvalidRequest(
+                f"Invalid value {text} for {'cpuset cpus' if name == 'cpus' else 'cpuset mems'}",
+                hint="a list of numbers and ranges, for example 0-1,3",
+            )
         found[name] = text
     return {key: value for key, value in found.items() if value}
 
@@ -95,9 +116,12 @@ def rlimits(host: Body) -> list[dict[str, Any]]:
     for entry in host.objects("Ulimits"):
         name, soft, hard = entry.text("Name"), entry.number("Soft"), entry.number("Hard")
         if name not in _RLIMITS:
-            raise InvalidRequest(f"invalid ulimit type: {name}")
+            raise InvalidRequest(f"invalid ulimit type: {name}", hint="ulimits: " + " ".join(sorted(_RLIMITS)))
         if hard != -1 and (soft > hard or soft == -1):
-            raise InvalidRequest(f"ulimit soft limit must be less than or equal to hard limit: {soft} > {hard}")
+            raise InvalidRequest(
+                f"ulimit soft limit must be less than or equal to hard limit: {soft} > {hard}",
+                hint=f"--ulimit {name}=SOFT:HARD",
+            )
         top = (1 << 64) - 1
         limit = {"soft": top if soft == -1 else soft, "hard": top if hard == -1 else hard}
         found.append({"type": f"RLIMIT_{name.upper()}", **limit})
@@ -113,12 +137,14 @@ def sysctls(host: Body, *, vm: bool) -> dict[str, str]:
     for name, value in host.texts("Sysctls").items():
         parts = name.split(".")
         if len(parts) < 2 or not all(parts) or any("/" in part for part in parts):
-            raise InvalidRequest(f"sysctl '{name}' is not a name of the form a.b.c")
+            raise InvalidRequest(
+                f"sysctl '{name}' is not a name of the form a.b.c", hint="for example --sysctl net.ipv4.ip_forward=1"
+            )
         ipc = name in _IPC_SYSCTLS or name.startswith("fs.mqueue.")
         if ipc and host.text("IpcMode") == "host":
-            raise InvalidRequest(f"sysctl '{name}' not allowed with host ipc namespace")
+            raise InvalidRequest(f"sysctl '{name}' not allowed with host ipc namespace", hint="leave --ipc host out")
         if name.startswith("net.") and not network:
-            raise InvalidRequest(f"sysctl '{name}' not allowed in host network namespace")
+            raise InvalidRequest(f"sysctl '{name}' not allowed in host network namespace", hint="leave --network host out")
         if not (vm or ipc or name.startswith("net.")):
             raise InvalidRequest(f"sysctl '{name}' is not whitelisted", hint="run it in a VM: --runtime vm")
         found[name] = value

@@ -42,12 +42,15 @@ def parse_options(host: Body) -> SecurityOptions:
             name, _, value = item.partition(":")
         if name == "no-new-privileges":
             if value not in ("", "true", "false"):
-                raise InvalidRequest(f"invalid --security-opt: {item}")
+                raise InvalidRequest(f"invalid --security-opt: {item}", hint="for example --security-opt no-new-privileges")
             privileges = value != "false"
         elif name == "seccomp" and value:
             seccomp = value if value != "builtin" else ""
         elif (name, value) not in (("apparmor", "unconfined"), ("label", "disable")):
-            raise InvalidRequest(f"--security-opt {item} is not supported")
+            raise InvalidRequest(
+                f"--security-opt {item} is not supported",
+                hint="no-new-privileges, seccomp=FILE|unconfined and systempaths=unconfined are",
+            )
     return SecurityOptions(privileges, seccomp)
 
 
@@ -72,7 +75,9 @@ def _names(host: Body, key: str) -> set[str]:
         if name != "ALL" and not name.startswith("CAP_"):
             name = f"CAP_{name}"
         if name != "ALL" and name not in NAMES:
-            raise InvalidRequest(f'invalid {key}: unknown capability: "{name}"')
+            raise InvalidRequest(
+                f'invalid {key}: unknown capability: "{name}"', hint="`man 7 capabilities` lists them, for example NET_ADMIN"
+            )
         found.add(name)
     return found
 
@@ -89,7 +94,7 @@ def seccomp(host: Body, options: SecurityOptions, names: tuple[str, ...]) -> dic
     if not options.seccomp:
         return _default(names)
     if len(options.seccomp) > _PROFILE_LIMIT:
-        raise InvalidRequest("--security-opt seccomp: the profile is larger than 1 MiB")
+        raise InvalidRequest("--security-opt seccomp: the profile is larger than 1 MiB", hint="give a smaller profile")
     try:
         profile = json.loads(options.seccomp)
         return convert(profile, names)

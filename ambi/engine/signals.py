@@ -15,7 +15,7 @@ def parse(text: str) -> int:
     if text.isascii() and text.isdigit():
         if 0 < int(text) <= _RTMAX:
             return int(text)
-        raise InvalidRequest(f"Invalid signal: {text}")
+        raise InvalidRequest(f"Invalid signal: {text}", hint="a name or number of `kill -l`, for example TERM")
     name = text.upper()
     name = name if name.startswith("SIG") else f"SIG{name}"
     if name in _NUMBERS:
@@ -24,4 +24,4 @@ def parse(text: str) -> int:
         rest = name.removeprefix(base)
         if rest != name and rest.isascii() and rest.isdigit() and _RTMIN <= start + sign * int(rest) <= _RTMAX:
             return start + sign * int(rest)
-    raise InvalidRequest(f"Invalid signal: {text}")
+    raise InvalidRequest(f"Invalid signal: {text}", hint="a name or number of `kill -l`, for example TERM")

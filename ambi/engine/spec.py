@@ -104,7 +104,9 @@ def _process(config: Body, host: Body, options: security.SecurityOptions) -> dic
     }
     if adjustment := host.number("OomScoreAdj"):
         if not -1000 <= adjustment <= 1000:
-            raise InvalidRequest(f"Invalid value {adjustment}, range for oom score adj is [-1000, 1000]")
+            raise InvalidRequest(
+                f"Invalid value {adjustment}, range for oom score adj is [-1000, 1000]", hint="--oom-score-adj 0"
+            )
         process["oomScoreAdj"] = adjustment
     if limits := resources.rlimits(host):
         process["rlimits"] = limits
@@ -123,7 +125,10 @@ def _user(name: str, groups: list[str]) -> dict[str, Any]:
         if not (group.isascii() and group.isdigit()):
             user.setdefault("additionalGroups", []).append(group)
         elif len(group) > 10 or int(group) > HIGHEST_ID:
-            raise InvalidRequest(f"--group-add {group}: uids and gids must be in range 0-{HIGHEST_ID}")
+            raise InvalidRequest(
+                f"--group-add {group}: uids and gids must be in range 0-{HIGHEST_ID}",
+                hint="give the name or the number of a group",
+            )
         else:
             user.setdefault("additionalGids", []).append(int(group))
     return user

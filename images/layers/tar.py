@@ -187,12 +187,17 @@ class TarReader:
 
     def _verify(self, block: bytes) -> bytes:
         """The type of a header whose check sum is right. adler32's low half is 1 + the sum of the bytes, modulo 65521."""
-        stored = self._octal[block[148:156]]
+        try:
+            stored = self._octal[block[148:156]]
+        except Corrupt:
+            stored = -1  # no check sum is
         low = ((zlib.adler32(block) & 0xFFFF) - 1 - sum(block[148:156]) + 8 * 32) % 65521
         if low != stored % 65521:
             signed = sum(struct.unpack("512b", block)) - sum(struct.unpack("8b", block[148:156])) + 8 * 32
             if signed != stored:
-                raise Corrupt(f"not a tar archive, or damaged: wrong check sum of the header before byte {self.offset}")
+                if self.offset <= _BLOCK:
+                    raise Corrupt("not a tar archive")
+                raise Corrupt(f"the tar archive is damaged: wrong check sum of the header before byte {self.offset}")
         return block[156:157]
 
     def _skip(self, size: int) -> None:

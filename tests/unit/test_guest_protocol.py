@@ -136,7 +136,7 @@ def test_errors_cross_as_their_class_on_one_line() -> None:
     (message,) = synced().feed(encode(Type.ERROR, 1, ((1, "CommandNotFound"), (2, "a\nb\x1b[2J"), (3, ""))))
     error = message.error()
     assert type(error) is CommandNotFound
-    assert (error.message, error.hint) == ("a?b?[2J", None)
+    assert (error.message, error.hint) == ("a?b?[2J", CommandNotFound.usual_hint)
 
 
 @pytest.fixture(scope="module")

@@ -172,8 +172,17 @@ def test_what_follows_the_end_counts_for_the_digest() -> None:
 def test_check_sums() -> None:
     data = bytearray(tar_bytes(member("a", b"x")))
     data[0] ^= 1
-    with pytest.raises(Corrupt, match="check sum"):
+    with pytest.raises(Corrupt, match="not a tar archive"):
         tree_of(bytes(data))
+    data = bytearray(tar_bytes(member("a", b"x"), member("b", b"x")))
+    data[1024] ^= 1
+    with pytest.raises(Corrupt, match="damaged: wrong check sum"):
+        tree_of(bytes(data))
+
+
+def test_noise_is_no_tar() -> None:
+    with pytest.raises(Corrupt, match="^not a tar archive$"):
+        tree_of(bytes(range(1, 251)) * 5)
 
 
 def test_signed_check_sums_are_accepted() -> None:

@@ -9,9 +9,10 @@ import click
 from ambi.cli import attached, complete, flags
 from ambi.cli.app import App, DockerCommand, ExitWith, pass_app
 from ambi.cli.names import looked_up
+from ambi.cli.output import hint
 from ambi.cli.values import env_list
 from ambi.client.client import command_error, path_of
-from ambi.core.errors import AmbiError
+from ambi.core.errors import AmbiError, CommandNotExecutable, CommandNotFound
 
 
 @click.command("exec", cls=DockerCommand, context_settings={"allow_interspersed_args": False})
@@ -78,4 +79,16 @@ def _start(app: App, exec_id: str, given: dict[str, Any], keys: bytes) -> int:
     resize = path_of("exec", exec_id, "resize")
     if attached.pump(app.client, hijacked, resize, tty=tty, stdin=given["interactive"], keys=keys, watch=None):
         return 0
-    return int(app.client.get(path_of("exec", exec_id, "json"))["ExitCode"] or 0)
+    found = app.client.get(path_of("exec", exec_id, "json"))
+    status = int(found["ExitCode"] or 0)
+    if not found["Pid"] and status in (CommandNotFound.exit_status, CommandNotExecutable.exit_status):
+        hint(_why_not(status, given))
+    return status
+
+
+def _why_not(status: int, given: dict[str, Any]) -> str:
+    """The hint for a program that never ran; the message itself has come through the stream, as docker's does."""
+    if status == CommandNotFound.exit_status:
+        return "name the program's whole path, or look inside: ambi exec -it INSTANCE sh"
+    options = " and ".join(flag for flag, name in (("--user", "user"), ("--workdir", "workdir")) if given[name])
+    return f"see that what {options} name is there inside" if options else str(CommandNotExecutable.usual_hint)

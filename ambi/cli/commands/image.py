@@ -19,7 +19,7 @@ from ambi.cli.names import image_names, looked_up, on
 from ambi.cli.progress import Bar, follow
 from ambi.cli.table import Columns
 from ambi.client.client import path_of
-from ambi.core.errors import InvalidRequest, from_os_error
+from ambi.core.errors import AmbiError, Corrupt, InvalidRequest, Unsupported, from_os_error
 
 NONE = "<none>"
 CREATED_BY_WIDTH = 45
@@ -140,13 +140,25 @@ def load(app: App, file: str | None, archive: str | None, quiet: bool) -> None:
 def _send_archive(app: App, path: str, query: dict[str, str], file: str, changes: tuple[str, ...] = ()) -> None:
     """Upload `file` and print the results of the work."""
     more = [("changes", change) for change in changes]
-    with _opened(file) as (source, total), Bar() as bar:
+    with _opened(file) as (source, total), _named(file), Bar() as bar:
         response = app.client.upload(
             path, [*query.items(), *more], source, lambda sent: bar.tell(f"Sending {_shown(file)}", sent, total)
         )
         results = list(follow(response, bar))
     for entry in results:
         click.echo(str(entry.get("stream") or entry.get("status") or "").rstrip("\n"))
+
+
+@contextmanager
+def _named(file: str) -> Iterator[None]:
+    """Within it, what the engine says of an archive, which it knows as a stream, is said of `file`."""
+    try:
+        yield
+    except AmbiError as error:
+        if file != "-" and isinstance(error, (Corrupt, InvalidRequest, Unsupported)):
+            error.message = f"{error.message}: {file}"
+            error.hint = error.hint and error.hint.replace("FILE", file)
+        raise
 
 
 def _shown(file: str) -> str:

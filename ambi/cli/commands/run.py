@@ -52,7 +52,7 @@ def run(
         body["HostConfig"]["ConsoleSize"] = attached.console_size()
     instance_id = _create(app, body, given)
     if detach:
-        _start(app, instance_id)
+        _start(app, instance_id, body)
         click.echo(instance_id)
         return
     raise ExitWith(_run_attached(app, instance_id, body, detach_keys, keys, sig_proxy=sig_proxy))
@@ -67,8 +67,6 @@ def _create(app: App, body: dict[str, Any], given: dict[str, Any]) -> str:
         created = app.client.post("/containers/create", query, body)
     for text in created.get("Warnings") or ():
         warn(text)
-    if body["HostConfig"].get("Runtime") == "vm":
-        _tell_of_emulation(app)
     if given["cidfile"]:
         write_cidfile(given["cidfile"], created["Id"])
     return str(created["Id"])
@@ -93,12 +91,14 @@ class _image_hint:
             error.hint = "make one: ambi image bootstrap debian:bookworm, ambi import FILE NAME or ambi load -i FILE"
 
 
-def _start(app: App, instance_id: str) -> None:
+def _start(app: App, instance_id: str, body: dict[str, Any]) -> None:
     try:
         with waiting(f"starting {instance_id[:12]} ..."):
             app.client.post(path_of("containers", instance_id, "start"))
     except AmbiError as error:
         raise command_error(error) from error
+    if body["HostConfig"].get("Runtime") == "vm":
+        _tell_of_emulation(app)
 
 
 def _run_attached(
@@ -111,7 +111,7 @@ def _run_attached(
         hijacked = attached.attach(client, instance_id, streams, key_names)
         wait = attached.ExitWait(client, instance_id, "removed" if removes else "next-exit")
         try:
-            _start(app, instance_id)
+            _start(app, instance_id, body)
         except AmbiError:
             hijacked.sock.close()
             if removes:

@@ -115,11 +115,18 @@ static bool find_group(const struct wanted *wanted, unsigned long *found_gid) {
     return found;
 }
 
+/* `what` as docker's daemon says it; `file` below /etc has no such name. */
+static int unknown(struct error *e, const char *what, const char *name, const char *file) {
+    fail(e, "InvalidRequest", "%s %s: no matching entries in %s file", what, name, file);
+    snprintf(e->hint, sizeof e->hint, "give a number, or a name in the image's /etc/%s", file);
+    return -1;
+}
+
 static int resolve_group(struct spec *spec, const char *text, struct error *e) {
     struct wanted wanted = want(text);
     unsigned long gid = wanted.number;
     if (!find_group(&wanted, &gid) && !wanted.is_number)
-        return fail(e, "InvalidRequest", "unable to find group %s: no matching entries in group file", text);
+        return unknown(e, "unable to find group", text, "group");
     spec->gid = gid;
     return 0;
 }
@@ -130,7 +137,7 @@ static int resolve_group_names(struct spec *spec, struct error *e) {
         struct wanted wanted = {.text = spec->group_names.at[i]};
         unsigned long gid;
         if (!find_group(&wanted, &gid))
-            return fail(e, "InvalidRequest", "Unable to find group %s: no matching entries in group file", wanted.text);
+            return unknown(e, "Unable to find group", wanted.text, "group");
         if (gid > MAX_ID)
             return fail(e, "InvalidRequest", "uids and gids must be in range 0-%lu", MAX_ID);
         add_group(spec, (uint32_t)gid);
@@ -145,7 +152,7 @@ static int resolve_names(struct spec *spec, struct account *account, struct erro
     struct wanted wanted = want(*spec->user ? spec->user : "0");
     find_account(&wanted, account);
     if (!account->found && !wanted.is_number)
-        return fail(e, "InvalidRequest", "unable to find user %s: no matching entries in passwd file", spec->user);
+        return unknown(e, "unable to find user", spec->user, "passwd");
     spec->uid = account->found ? account->uid : wanted.number;
     spec->gid = account->found ? account->gid : 0;
     if (group && *group) {
