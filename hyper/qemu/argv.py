@@ -16,9 +16,9 @@ CPU_TCG = "qemu64,+ssse3,+sse4.1,+sse4.2,+popcnt,+cx16,+lahf-lm,+rdrand"  # x86-
 WORDS = (  # measured, see hyper/README.md: they shorten the boot and change nothing for the workload
     "quiet", "reboot=t", "panic=-1", "console=ttyS0", "no_timer_check", "tsc=reliable", "8250.nr_uarts=1",
     "i8042.noaux", "i8042.nomux", "i8042.nopnp", "i8042.dumbkbd", "cryptomgr.notests", "random.trust_cpu=on",
-    "rcupdate.rcu_expedited=1",
+    "rcupdate.rcu_expedited=1", "pci=off",
 )  # fmt: skip
-WORDS_TCG = ("mitigations=off",)  # emulation does not speculate; on a true CPU the guest's kernel keeps its guards
+WORDS_TCG = ("mitigations=off", "init_on_alloc=0")  # on a true CPU the guest's kernel keeps its guards
 
 
 class Share(NamedTuple):
@@ -32,7 +32,8 @@ class Machine(NamedTuple):
     """A VM to be started. Descriptors are inherited by QEMU under their numbers.
 
     kernel, initramfs: descriptors of files that anybody may read (QEMU opens them once more).
-    layers: descriptor of a VMDK, layer_fds what it lists; None without layers. disk: of the writable image, or None.
+    layers: descriptor of a VMDK, layer_fds what it lists; None without layers. disk: of the writable image, or None;
+    disk_flushes: whether a flush in the guest is one on the host, which nobody needs of a disk that is removed at the end.
     agent, console, monitor: connected stream sockets; tsc_khz: the host's rate.
     """
 
@@ -49,6 +50,7 @@ class Machine(NamedTuple):
     layers: int | None = None
     layer_fds: tuple[int, ...] = ()
     disk: int | None = None
+    disk_flushes: bool = True
     shares: tuple[Share, ...] = ()
     words: tuple[str, ...] = ()
 
@@ -114,7 +116,8 @@ def _disks(machine: Machine) -> list[str]:
     if machine.disk is not None:
         argv += [
             "-add-fd", f"fd={machine.disk},set={machine.disk}",
-            "-blockdev", f"driver=raw,node-name=disk,discard=unmap,file.driver=file,file.discard=unmap,"
+            "-blockdev", "driver=raw,node-name=disk,discard=unmap,file.driver=file,file.discard=unmap,"
+            f"file.cache.no-flush={'off' if machine.disk_flushes else 'on'},"
             f"file.filename=/dev/fdset/{machine.disk}",
             "-device", "virtio-blk-device,drive=disk,serial=disk",
         ]  # fmt: skip

@@ -139,9 +139,10 @@ def _with_disks(machine: argv.Machine, plan: LaunchPlan, rootfs: Layers, handles
     path = rootfs.upper / DISK_FILE
     disk.ensure(path, translate.shape(plan).disk_bytes, plan.guest_dir / TEMPLATES)
     try:
-        machine = machine._replace(disk=handles.add(os.open(path, os.O_RDWR | os.O_CLOEXEC)))
+        fd = handles.add(os.open(path, os.O_RDWR | os.O_CLOEXEC))
     except OSError as error:
         raise from_os_error("cannot open the disk of the virtual machine", error) from error
+    machine = machine._replace(disk=fd, disk_flushes=not translate.disposable(plan))
     if not rootfs.lowers:
         return machine
     opened = layers.open_layers(rootfs.lowers)

@@ -96,7 +96,7 @@ def bare(kernel: Path, archive: Path, host: probe.Host) -> tuple[float, float]:
 
 def ours(rig: driverkit.Rig) -> dict[str, float]:
     """Seconds from the call of the driver: created, first byte of the workload, and an exec's whole turn."""
-    plan = rig.plan(["sh", "-c", "echo up; exec sleep 1000"])
+    plan = rig.plan(["sh", "-c", "echo up; exec sleep 1000"], annotations={"ambi.disposable": "1"})  # as of `run --rm`
     begun = time.monotonic()
     with rig.started_plan(plan) as running:
         running.init.until(lambda: running.init.out, LIMIT_S)
