@@ -89,12 +89,11 @@ def run(roots: Roots) -> None:
         _log_to(roots.data / "engine.log")
         _write_start_file(roots)
         _raise_descriptor_limit()
-        stop = threading.Event()
-        _on_signals(stop)
-        _serve(roots, stop)
+        _serve(roots, _on_signals())
 
 
-def _serve(roots: Roots, stop: threading.Event) -> None:
+def _serve(roots: Roots, stop: int) -> None:
+    """Until there is something to read from the descriptor `stop`."""
     from importlib import import_module
 
     from ambi.engine.engine import Engine
@@ -105,7 +104,7 @@ def _serve(roots: Roots, stop: threading.Event) -> None:
         server = serve(engine, roots.socket)
         log.info("serving at %s, pid %d", roots.socket, os.getpid())
         try:
-            stop.wait()
+            os.read(stop, 1)
         finally:
             server.close()
             roots.socket.unlink(missing_ok=True)
@@ -225,14 +224,22 @@ def _raise_descriptor_limit() -> None:
         log.warning("cannot raise the limit of open files: %s", error)
 
 
-def _on_signals(stop: threading.Event) -> None:
+def _on_signals() -> int:
+    """A descriptor that can be read from once we are told to end.
+
+    A pipe and no threading.Event: a handler runs in the main thread, perhaps while that holds the lock of the event.
+    """
+    stop, told = os.pipe2(os.O_CLOEXEC)
+    os.set_blocking(told, False)
+
     def handle(number: int, _: FrameType | None) -> None:
-        stop.set()
+        os.write(told, b"!")
 
     signal.signal(signal.SIGTERM, handle)
     signal.signal(signal.SIGINT, handle)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+    return stop
 
 
 def _detached(roots: Roots) -> int:
