@@ -1,6 +1,6 @@
 """The engine against Debian's dockerd, the docker CLI as the client of both, pairs in turn, in one run.
 
-Usage: .venv/bin/python scripts/bench/engine.py [--rounds N] [--json FILE]
+Usage: .venv/bin/python scripts/bench/engine.py [--rounds N] [--pause SECONDS] [--json FILE]
 
 Rows: `docker run --rm --network none IMAGE true` and `docker exec C true` end to end and as the engine's own time (the same
 requests made by a small client over one connection, from the first byte of the first request to the last byte of the last
@@ -150,9 +150,16 @@ def memory_rows(engine: EngineUnderTest, peer: Dockerd) -> dict[str, float]:
 
 
 def main() -> None:
+    def rested(measure: Callable[[Subject], float], subject: Subject) -> float:
+        time.sleep(options.pause)
+        return measure(subject)
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--json", type=Path)
+    parser.add_argument(
+        "--pause", type=float, default=0.1, help="seconds before each measurement; both go on after answering"
+    )
     options = parser.parse_args()
     samples: dict[str, tuple[list[float], list[float]]] = {}
     with (
@@ -170,7 +177,7 @@ def main() -> None:
         print(f"{'':44}{'ambi ms':>20}{'dockerd ms':>20}{'ratio':>8}{'goal':>7}")
         for number, (title, measure, goal) in enumerate(ROWS):
             measure(engine), measure(peer)  # warm
-            pairs = [(measure(engine), measure(peer)) for _ in range(options.rounds)]
+            pairs = [(rested(measure, engine), rested(measure, peer)) for _ in range(options.rounds)]
             mine, theirs = [a for a, _ in pairs], [b for _, b in pairs]
             samples[f"{number} {title}"] = (mine, theirs)
             ratio = statistics.median(a / b for a, b in pairs)
