@@ -73,6 +73,12 @@ def disposable(plan: LaunchPlan) -> bool:
     return annotations.get(DISPOSABLE_ANNOTATION) == "1" and not shares(plan)
 
 
+def may_mount(plan: LaunchPlan) -> bool:
+    """Whether the workload could mount file systems of the guest's kernel that no plan mounts, such as tracefs."""
+    sets = plan.config["process"].get("capabilities") or {}
+    return any("CAP_SYS_ADMIN" in (names or ()) for names in sets.values())
+
+
 def _mount(number: int, mount: dict[str, Any]) -> Items:
     bind = is_bind(mount)
     kind = "bind" if bind else mount.get("type") or "none"

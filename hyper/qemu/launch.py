@@ -111,6 +111,7 @@ def _machine(plan: LaunchPlan, host: probe.Host, handles: Handles, servers: list
         vcpus=shape.vcpus,
         memory_bytes=shape.memory_bytes,
         tsc_khz=host.tsc_khz,
+        tracing=translate.may_mount(plan),
         kernel=handles.add(_open_public(files.kernel)),
         initramfs=handles.add(_open_public(files.initramfs)),
         agent=-1,

@@ -345,3 +345,14 @@ def test_disposable_unless_a_tree_is_shared(tmp_path: Path) -> None:
     assert not translate.disposable(found._replace(rootfs=Directory(tmp_path)))
     found.config["mounts"] = [{"destination": "/x", "type": "bind", "source": "/", "options": []}]
     assert not translate.disposable(found)
+
+
+def test_tracefs_is_made_for_who_can_mount_it(tmp_path: Path) -> None:
+    found = plan(tmp_path)
+    found.config["process"]["capabilities"] = {"bounding": ["CAP_CHOWN"], "permitted": None}
+    assert not translate.may_mount(found)
+    found.config["process"]["capabilities"] = {"bounding": ["CAP_CHOWN", "CAP_SYS_ADMIN"]}
+    assert translate.may_mount(found)
+    emulated = MACHINE._replace(kvm=False)
+    assert "tracefs" not in argv.command_line(emulated) and "tracefs" in argv.command_line(emulated._replace(tracing=False))
+    assert "tracefs" not in argv.command_line(emulated._replace(tracing=False, kvm=True))
