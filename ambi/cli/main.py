@@ -182,7 +182,7 @@ def usage_error(error: click.ClickException) -> AmbiError:
     from ambi.core.errors import InvalidRequest
 
     message = error.format_message().replace("\n", " ").rstrip(".")
-    hint = None
+    hint = "ambi --help"
     if isinstance(error, click.UsageError) and error.ctx is not None:
         hint = f"{error.ctx.command_path} --help"
     what, similar = _guess(error)

@@ -304,7 +304,7 @@ def _feed(connection: Connection, source: BinaryIO, uploaded: Uploaded) -> None:
             sent += len(data)
             uploaded(sent)
         connection.send_bytes(b"0\r\n\r\n")
-    except (Lost, OSError):
+    except (Lost, OSError, ValueError):  # ValueError: the answer has come, and our caller has closed `source`
         try:
             connection.sock.shutdown(socket.SHUT_WR)  # a source that fails must not look like one that ended
         except OSError:

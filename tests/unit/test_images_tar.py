@@ -181,7 +181,7 @@ def test_check_sums() -> None:
 
 
 def test_noise_is_no_tar() -> None:
-    with pytest.raises(Corrupt, match="^not a tar archive$"):
+    with pytest.raises(Corrupt, match=r"^not a tar archive$"):
         tree_of(bytes(range(1, 251)) * 5)
 
 

@@ -13,17 +13,34 @@ from ambi.cli.app import App, DockerCommand, ExitWith, pass_app
 from ambi.cli.output import print_error
 from ambi.client import starter
 from ambi.core.errors import AmbiError, DeadlineExceeded, Unavailable
+from ambi.core.roots import DEFAULT_SOCKET, Roots
 
 STOP_SECONDS = 30.0
 POLL_SECONDS = 0.05
 
 
-@click.group("engine")
-def engine() -> None:
-    """Start, stop and look at the engine.
+@click.group("engine", invoke_without_command=True)
+@flags.option("--data-root", metavar="DIR", help="Where it keeps its data, as the option of `ambi`.")
+@flags.option("--run-root", metavar="DIR", help="Where it keeps what a boot forgets, as the option of `ambi`.")
+@flags.option("--socket", metavar="PATH", help="Where it listens, as the option of `ambi`.")
+@click.pass_context
+def engine(ctx: click.Context, /, **named: str | None) -> None:
+    """Run the engine in the foreground, or with a command: start it, stop it, look at it.
 
     Other commands start it when they need it. Stopping it stops no instance.
     """
+    if any(named.values()):
+        ctx.obj = App(_roots(ctx.find_object(App) or App(Roots()), **named))
+    if ctx.invoked_subcommand is None:
+        ctx.invoke(run)
+
+
+def _roots(app: App, data_root: str | None, run_root: str | None, socket: str | None) -> Roots:
+    """The places of `app` with those that were named after `engine`; a run root that is named brings its socket along."""
+    if run_root and not socket:
+        socket = os.path.join(run_root, DEFAULT_SOCKET.name)
+    socket = (socket or str(app.roots.socket)).removeprefix("unix://")
+    return Roots.of(data_root or app.roots.data, run_root or app.roots.run, socket)
 
 
 @engine.command("start", cls=DockerCommand)

@@ -155,7 +155,7 @@ def _named(file: str) -> Iterator[None]:
     try:
         yield
     except AmbiError as error:
-        if file != "-" and isinstance(error, (Corrupt, InvalidRequest, Unsupported)):
+        if file != "-" and isinstance(error, (Corrupt, InvalidRequest, Unsupported)) and "archive" in error.message:
             error.message = f"{error.message}: {file}"
             error.hint = error.hint and error.hint.replace("FILE", file)
         raise
