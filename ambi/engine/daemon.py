@@ -77,7 +77,8 @@ def _report(error: AmbiError) -> int:
     print(f"error: {error.message}", file=sys.stderr)
     if error.hint:
         print(f"hint: {error.hint}", file=sys.stderr)
-    log.error("%s", error)
+    if log.hasHandlers():  # else logging's last resort would print it once more
+        log.error("%s", error)
     return error.exit_status
 
 
@@ -227,19 +228,21 @@ def _raise_descriptor_limit() -> None:
 def _on_signals() -> int:
     """A descriptor that can be read from once we are told to end.
 
-    A pipe and no threading.Event: a handler runs in the main thread, perhaps while that holds the lock of the event.
+    The kernel may interrupt any thread with a signal, while Python runs its handler in the main one, and only once that
+    leaves its system call. So the byte is written by the C handler, wherever that runs.
     """
     stop, told = os.pipe2(os.O_CLOEXEC)
     os.set_blocking(told, False)
-
-    def handle(number: int, _: FrameType | None) -> None:
-        os.write(told, b"!")
-
-    signal.signal(signal.SIGTERM, handle)
-    signal.signal(signal.SIGINT, handle)
+    signal.set_wakeup_fd(told, warn_on_full_buffer=False)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _noted)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)
     return stop
+
+
+def _noted(number: int, frame: FrameType | None) -> None:
+    """A handler, so that the signal is caught; what it does is done by the wake-up descriptor."""
 
 
 def _detached(roots: Roots) -> int:
