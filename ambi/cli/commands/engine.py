@@ -25,9 +25,9 @@ POLL_SECONDS = 0.05
 @flags.option("--socket", metavar="PATH", help="Where it listens, as the option of `ambi`.")
 @click.pass_context
 def engine(ctx: click.Context, /, **named: str | None) -> None:
-    """Run the engine in the foreground, or with a command: start it, stop it, look at it.
+    """Run, start, stop and look at the engine.
 
-    Other commands start it when they need it. Stopping it stops no instance.
+    Without a command it runs in the foreground. Other commands start it when they need it. Stopping it stops no instance.
     """
     if any(named.values()):
         ctx.obj = App(_roots(ctx.find_object(App) or App(Roots()), **named))
