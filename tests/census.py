@@ -23,7 +23,7 @@ def take(mark: str) -> Census:
         "processes": frozenset(f"{pid} {_name(pid)}" for pid in pids),
         "namespaces": frozenset(_foreign_namespaces(pids)),
         "mounts": frozenset(_mounts()),
-        "cgroups": frozenset(_cgroups()),
+        "cgroups": frozenset(path for path in _cgroups() if not _is_foreign(path, mark)),
         "links": frozenset(n for n in os.listdir("/sys/class/net") if n.startswith(("ambi", "tap", "veth"))),
         "loops": frozenset(_loops()),
     }
@@ -93,6 +93,33 @@ def _cgroups() -> Iterator[str]:
                 yield os.path.join(top, folder)
                 for below, deeper, _ in os.walk(os.path.join(top, folder)):
                     yield from (os.path.join(below, name) for name in deeper)
+
+
+def _is_foreign(group: str, mark: str) -> bool:
+    """Whether another session's shim or zygote is above the processes of `group`. An empty group is nobody's, so it counts."""
+    for _, folders, files in os.walk(group):
+        if folders or "cgroup.procs" not in files:
+            continue
+        try:
+            pids = Path(group, "cgroup.procs").read_text().split()
+        except OSError:
+            return True  # gone
+        return bool(pids) and all(_owner(int(pid)) not in (None, mark) for pid in pids)
+    return False
+
+
+def _owner(pid: int) -> str | None:
+    """The mark of the nearest process of ours at or above `pid`, "" for one that no test started; None without such."""
+    needle = f"{MARK_VARIABLE}=".encode()
+    while pid > 1:
+        try:
+            if Path(f"/proc/{pid}/comm").read_text().startswith("ambi-"):
+                environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+                return next((x[len(needle) :].decode() for x in environment if x.startswith(needle)), "")
+            pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+        except OSError:
+            return None
+    return None
 
 
 def _loops() -> Iterator[str]:
