@@ -85,7 +85,7 @@ def version(app: App, template: str | None) -> None:
             click.echo(_block("Engine", server, names))
     if trouble:
         print_error(trouble)
-        raise ExitWith(trouble.exit_status)
+        raise ExitWith(1)  # as docker's
 
 
 def _block(title: str, values: dict[str, Any], names: tuple[tuple[str, str], ...]) -> str:
