@@ -96,7 +96,7 @@ def _cgroups() -> Iterator[str]:
 
 
 def _is_foreign(group: str, mark: str) -> bool:
-    """Whether another session's shim or zygote is above the processes of `group`. An empty group is nobody's, so it counts."""
+    """Whether a living shim or zygote of another session is above the processes of `group`; an empty one counts as ours."""
     for _, folders, files in os.walk(group):
         if folders or "cgroup.procs" not in files:
             continue
