@@ -17,5 +17,6 @@ def test_a_stop_of_the_service_ends_the_engine_alone() -> None:
     assert service["RuntimeDirectoryPreserve"] == "yes"  # else a stop removes the sockets of living shims
     words = service["ExecStart"].split()
     assert words[1:] == [
-        "engine", "--data-root", str(DEFAULT_DATA_ROOT), "--run-root", str(DEFAULT_RUN_ROOT), "--socket", str(DEFAULT_SOCKET),
+        "engine",
+        "--data-root", str(DEFAULT_DATA_ROOT), "--run-root", str(DEFAULT_RUN_ROOT), "--socket", str(DEFAULT_SOCKET),
     ]  # fmt: skip
