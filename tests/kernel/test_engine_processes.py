@@ -26,8 +26,11 @@ def below(pid: int) -> list[int]:
     found, rest = [], [pid]
     while rest:
         found.append(rest.pop())
-        for task in Path(f"/proc/{found[-1]}/task").iterdir():
-            rest += [int(child) for child in (task / "children").read_text().split()]
+        try:
+            for task in Path(f"/proc/{found[-1]}/task").iterdir():
+                rest += [int(child) for child in (task / "children").read_text().split()]
+        except (FileNotFoundError, ProcessLookupError):  # it has just ended
+            found.pop()
     return found
 
 
@@ -55,6 +58,7 @@ def parked(engine: EngineUnderTest) -> list[int]:
 def test_a_run_executes_the_program_and_nothing_else(engine: EngineUnderTest, tmp_path: Path) -> None:
     """No python, no mount, no runtime: everything else is done by processes that are there or forked from such."""
     assert engine.docker("run", "--rm", "--network", "none", "busybox", "true").returncode == 0
+    until(lambda: parked(engine), "no shim is parked")  # else the next run's shim may be made before strace is there
     traced = below(engine.pid or 0) + below(engine.zygote())
     trace = tmp_path / "trace"
     argv = ["strace", "-f", "-qq", "-e", "trace=execve,execveat", "-o", str(trace)]
