@@ -21,6 +21,9 @@ from tests.needs import NEEDS, machine_kind
 HERE = Path(__file__).parent
 MARK = os.environ.setdefault(census.MARK_VARIABLE, secrets.token_hex(8))
 _skips: list[tuple[str, str]] = []
+_failures: dict[str, None] = {}  # node ids, in order
+_leaks: dict[str, list[str]] = {}
+FAILURES_VARIABLE = "AMBI_TEST_FAILURES"  # a file that gets the node ids of failed tests, for scripts/test
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -50,6 +53,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     if report.skipped and isinstance(report.longrepr, tuple):
         _skips.append((report.nodeid, report.longrepr[2].removeprefix("Skipped: ")))
+    if report.failed:
+        _failures[report.nodeid] = None
 
 
 def _allowed(nodeid: str) -> bool:
@@ -74,6 +79,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 def pytest_sessionfinish(session: pytest.Session) -> None:
     if any(not _allowed(nodeid) for nodeid, _ in _skips) and session.exitstatus == 0:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
+    elif (path := os.environ.get(FAILURES_VARIABLE)) and not _leaks:  # a leak is no matter of luck
+        Path(path).write_text("".join(f"{nodeid}\n" for nodeid in _failures))
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -81,8 +88,8 @@ def nothing_left_behind() -> Iterator[None]:
     """Fails the session when tests leave mounts, cgroups, links, loop devices, namespaces or processes of ours."""
     before = census.take(MARK)
     yield
-    more = census.settle(MARK, before)
-    assert not more, f"left behind by the tests: {more}"
+    _leaks.update(census.settle(MARK, before))
+    assert not _leaks, f"left behind by the tests: {_leaks}"
 
 
 @pytest.fixture
