@@ -148,9 +148,7 @@ def test_emulation_is_told_in_one_line(engine: OnDemand) -> None:
     notes = run(engine, "container", "bb", "true").stderr
     assert notes == b""
     accelerator = json.loads(engine.ok("info", "--format", "json"))["Runtimes"]["vm"]["status"].get("accelerator", "")
-    vm = engine.ambi("create", "--isolation", "vm", "bb")
-    engine.ok("rm", vm.stdout.decode().strip())
-    told = [line for line in vm.stderr.decode().splitlines() if "TCG" in line]
+    told = [line for line in run(engine, "vm", "bb", "true").stderr.decode().splitlines() if "TCG" in line]
     assert len(told) == (1 if accelerator.startswith("tcg") else 0)
 
 
@@ -166,8 +164,9 @@ def test_stdin_is_half_closed(engine: OnDemand, isolation: str) -> None:
 def test_programs_that_cannot_run(engine: OnDemand, isolation: str, program: str, status: int, text: str) -> None:
     done = run(engine, isolation, "bb", program)
     assert done.returncode == status
-    error = done.stderr.decode().splitlines()[-1]
+    error, hint = done.stderr.decode().splitlines()[-2:]
     assert error.startswith("error: ") and program in error and text in error
+    assert hint.startswith("hint: ")
     assert engine.ok("ps", "-aq") == ""
 
 
