@@ -33,6 +33,7 @@ class Resize(NamedTuple):
     columns: int
 
 
+SETTLE_SECONDS = 0.7  # docker's client starts to listen for changes of the size a moment after the program has started
 Action = Expect | Send | Resize
 
 
@@ -136,6 +137,7 @@ def _on_terminal(peer: Peer, command: str, actions: tuple[Action, ...]) -> Resul
             elif isinstance(action, Send):
                 child.send(action.keys.decode("latin-1"))
             else:
+                time.sleep(SETTLE_SECONDS)
                 child.setwinsize(action.rows, action.columns)
         child.expect(pexpect.EOF)
         child.wait()
