@@ -10,8 +10,9 @@ import time
 from typing import Any
 
 from ambi.api.networks import network_id
-from ambi.api.words import human_duration, rfc3339_nano
+from ambi.api.words import rfc3339_nano
 from ambi.core.model import Status
+from ambi.core.words import human_duration
 from ambi.engine.types import Instance
 from ambi.shim import record
 

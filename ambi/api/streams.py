@@ -7,12 +7,17 @@ from typing import Any, cast
 from ambi.api.containers import terminal_size
 from ambi.api.exchange import Call, Reply, json_reply, to_json
 from ambi.api.router import Route
-from ambi.api.words import detach_keys
 from ambi.core.deadline import Deadline
 from ambi.core.errors import AmbiError, DeadlineExceeded, InvalidRequest
+from ambi.core.words import detach_keys
 from ambi.engine.types import Attach, Exec, WaitCondition
 
 _CLIENT_CHECK_SECONDS = 5.0  # how long a waiting thread outlives its client at most
+
+
+def _keys(text: str) -> bytes | None:
+    """None for Docker's usual ones. Raises InvalidRequest."""
+    return detach_keys(text) if text else None
 
 
 def attach(call: Call) -> None:
@@ -25,7 +30,7 @@ def attach(call: Call) -> None:
         logs=query.flag("logs"),
         stream=query.flag("stream"),
         framed=not instance.tty,
-        detach_keys=detach_keys(query.text("detachKeys")),
+        detach_keys=_keys(query.text("detachKeys")),
     )
     call.json_body()  # a body would stand before the raw stream
     engine, id = call.engine, instance.id
@@ -76,7 +81,7 @@ def exec_start(call: Call) -> Reply | None:
         stdout=bool(config.get("AttachStdout")),
         stderr=bool(config.get("AttachStderr")),
         framed=not terminal,
-        detach_keys=detach_keys(_text(config.get("DetachKeys"), "DetachKeys")),
+        detach_keys=_keys(_text(config.get("DetachKeys"), "DetachKeys")),
     )
     size = _console_size(body.get("ConsoleSize")) if terminal and call.version >= (1, 42) else None
     call.hand_over(lambda sock, pending, head: engine.exec_start(id, how, sock, pending, head, size), framed=how.framed)

@@ -18,8 +18,9 @@ from typing import Any
 from ambi.cli.filters import filter_query
 from ambi.client.client import Client, Hijacked, Pending, path_of, persistently
 from ambi.client.http import Lost
-from ambi.client.stream import DEFAULT_DETACH_KEYS, Session, parse_detach_keys
+from ambi.client.stream import DEFAULT_DETACH_KEYS, Session
 from ambi.client.terminal import OnResize, Raw, size
+from ambi.core import words
 from ambi.core.errors import AmbiError, InvalidRequest, NotFound, Unavailable
 
 REMOVAL_SECONDS = 10.0  # how long the removal of an instance that could not be started is waited for
@@ -131,7 +132,7 @@ class SignalProxy:
 
 
 def detach_keys(text: str | None) -> bytes:
-    return parse_detach_keys(text) if text else DEFAULT_DETACH_KEYS
+    return words.detach_keys(text) if text else DEFAULT_DETACH_KEYS
 
 
 def check_terminal(*, tty: bool, stdin: bool) -> None:

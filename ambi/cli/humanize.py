@@ -6,6 +6,7 @@ import json
 import time
 
 from ambi.core.errors import InvalidRequest
+from ambi.core.words import human_duration
 
 _DECIMAL = ("B", "kB", "MB", "GB", "TB", "PB")
 _BINARY = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
@@ -32,35 +33,8 @@ def _scaled(count: float, base: int, units: tuple[str, ...], digits: int) -> str
     return f"{count:.0f}{units[unit]}" if "e" in text else f"{text}{units[unit]}"
 
 
-def duration(seconds: float) -> str:
-    """`About an hour`, `3 weeks`: go-units' HumanDuration."""
-    whole = int(seconds)
-    minutes, hours = int(seconds / 60), int(seconds / 3600 + 0.5)
-    if whole < 1:
-        return "Less than a second"
-    if whole == 1:
-        return "1 second"
-    if whole < 60:
-        return f"{whole} seconds"
-    if minutes == 1:
-        return "About a minute"
-    if minutes < 60:
-        return f"{minutes} minutes"
-    if hours == 1:
-        return "About an hour"
-    if hours < 48:
-        return f"{hours} hours"
-    if hours < 24 * 7 * 2:
-        return f"{hours // 24} days"
-    if hours < 24 * 30 * 2:
-        return f"{hours // 24 // 7} weeks"
-    if hours < 24 * 365 * 2:
-        return f"{hours // 24 // 30} months"
-    return f"{int(seconds / 3600) // 24 // 365} years"
-
-
 def ago(epoch_seconds: float) -> str:
-    return f"{duration(time.time() - epoch_seconds)} ago" if epoch_seconds > 0 else "N/A"
+    return f"{human_duration(time.time() - epoch_seconds)} ago" if epoch_seconds > 0 else "N/A"
 
 
 def shorten(text: str, limit: int) -> str:

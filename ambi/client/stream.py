@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from typing import Protocol
 
 from ambi.client.client import Hijacked
-from ambi.core.errors import Internal, InvalidRequest
+from ambi.core.errors import Internal
 
 STDOUT, STDERR = 1, 2
 HEADER_SIZE = 8
@@ -79,20 +79,6 @@ class DetachKeys:
             if self._matched == len(self._keys):
                 return bytes(out), True
         return bytes(out), False
-
-
-def parse_detach_keys(text: str) -> bytes:
-    """`ctrl-p,ctrl-q` as bytes. Raises InvalidRequest."""
-    keys = bytearray()
-    for key in text.split(","):
-        if len(key) == 1 and key.isascii():
-            keys += key.encode()
-        elif key.startswith("ctrl-") and len(key) == 6 and (key[5] in "@[\\]^_" or "a" <= key[5] <= "z"):
-            keys.append(ord(key[5].upper()) & 0x1F)
-        else:
-            hint = "a sequence looks like ctrl-p,ctrl-q or ctrl-a,d"
-            raise InvalidRequest(f"invalid detach keys '{text}': '{key}' is no key", hint=hint)
-    return bytes(keys)
 
 
 def write_all(fd: int, data: bytes) -> None:

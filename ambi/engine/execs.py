@@ -6,6 +6,7 @@ import socket
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from ambi.core import words
 from ambi.core.deadline import Deadline
 from ambi.core.errors import AmbiError, Conflict, InvalidRequest, Unavailable
 from ambi.core.model import ExecId, Status
@@ -111,7 +112,7 @@ def _fields(record: Record, item: ExecRecord, body: Body, wanted: StartRequest) 
         stdin = how.stdin and body.flag("AttachStdin")
         keys = body.text("DetachKeys")
         if keys and how.detach_keys is None:
-            how = how._replace(detach_keys=detach_keys(keys))
+            how = how._replace(detach_keys=words.detach_keys(keys))
         attach = wire(how, stdin=stdin, tty=tty, pending=wanted.pending)
     process = spec.exec_process(record.row.spec, body)
     rows, columns = wanted.size or _console_size(body) or (0, 0)
@@ -125,27 +126,6 @@ def _console_size(body: Body) -> tuple[int, int] | None:
     if isinstance(size, list) and len(size) == 2 and all(isinstance(x, int) and 0 < x < 1 << 16 for x in size):
         return size[0], size[1]
     return None
-
-
-_KEY_NAMES = {"@": 0, "[": 27, "\\": 28, "]": 29, "^": 30, "_": 31}
-
-
-def detach_keys(text: str) -> bytes:
-    """Docker's `ctrl-p,ctrl-q`: letters as they are, `ctrl-` and a letter or one of `@[\\]^_`. Raises InvalidRequest."""
-    found = bytearray()
-    for key in text.split(","):
-        name = key.removeprefix("ctrl-")
-        if len(name) != 1 or not name.isascii():
-            raise InvalidRequest(f"Invalid escape keys ({text}) provided: Unknown character: '{key}'")
-        if name == key:
-            found += name.encode()
-        elif name.lower().isalpha():
-            found.append(ord(name.lower()) - ord("a") + 1)
-        elif name in _KEY_NAMES:
-            found.append(_KEY_NAMES[name])
-        else:
-            raise InvalidRequest(f"Invalid escape keys ({text}) provided: Unknown character: '{key}'")
-    return bytes(found)
 
 
 def ended(core: Core, record: Record, exec_id: str, code: int) -> None:

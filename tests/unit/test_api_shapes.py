@@ -64,27 +64,6 @@ def test_log_times_have_nine_digits() -> None:
     assert words.log_time(START) == "2023-11-14T22:13:20.120000000Z"
 
 
-@pytest.mark.parametrize(
-    "seconds,text",
-    [
-        (0.4, "Less than a second"), (1.9, "1 second"), (59, "59 seconds"), (60, "About a minute"), (150, "2 minutes"),
-        (3600, "About an hour"), (2 * 3600, "2 hours"), (47.4 * 3600, "47 hours"), (49 * 3600, "2 days"),
-        (13 * 86400, "13 days"), (15 * 86400, "2 weeks"), (61 * 86400, "2 months"), (800 * 86400, "2 years"),
-    ],
-)  # fmt: skip
-def test_durations_as_docker_ps_says_them(seconds: float, text: str) -> None:
-    assert words.human_duration(seconds) == text
-
-
-def test_detach_keys() -> None:
-    assert words.detach_keys("") is None
-    assert words.detach_keys("ctrl-p,ctrl-q") == b"\x10\x11"
-    assert words.detach_keys("ctrl-@,a,ctrl-[,ctrl-_") == b"\0a\x1b\x1f"
-    for bad in ("ctrl-1", "ab", "ctrl-", "a,,b", "é"):
-        with pytest.raises(InvalidRequest, match="Invalid detach keys"):
-            words.detach_keys(bad)
-
-
 def test_status_texts() -> None:
     now = time.time_ns()
     for state, text in (

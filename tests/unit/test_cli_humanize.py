@@ -34,19 +34,6 @@ def test_binary_size(count: int, text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "seconds,text",
-    [
-        (0.4, "Less than a second"), (1.9, "1 second"), (59, "59 seconds"), (60, "About a minute"), (119, "About a minute"),
-        (120, "2 minutes"), (3599, "59 minutes"), (3600, "About an hour"), (7200, "2 hours"), (47 * 3600, "47 hours"),
-        (48 * 3600, "2 days"), (13 * 86400, "13 days"), (14 * 86400, "2 weeks"), (59 * 86400, "8 weeks"),
-        (60 * 86400, "2 months"), (729 * 86400, "24 months"), (730 * 86400, "2 years"),
-    ],
-)  # fmt: skip
-def test_duration(seconds: float, text: str) -> None:
-    assert humanize.duration(seconds) == text
-
-
-@pytest.mark.parametrize(
     "text,count",
     [
         ("0", 0),

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from ambi.client.client import Hijacked
-from ambi.client.stream import DetachKeys, Frames, Session, parse_detach_keys
-from ambi.core.errors import Internal, InvalidRequest
+from ambi.client.stream import DetachKeys, Frames, Session
+from ambi.core.errors import Internal
 
 
 def frame(stream: int, payload: bytes) -> bytes:
@@ -59,19 +59,6 @@ def test_detach_keys(typed: list[bytes], sent: bytes, detached: bool) -> None:
 
 def test_no_detach_keys_let_everything_through() -> None:
     assert DetachKeys(b"").feed(b"\x10\x11") == (b"\x10\x11", False)
-
-
-@pytest.mark.parametrize(
-    "text,keys", [("ctrl-p,ctrl-q", b"\x10\x11"), ("ctrl-a,d", b"\x01d"), ("ctrl-@,ctrl-[,ctrl-_", b"\0\x1b\x1f")]
-)
-def test_parse_detach_keys(text: str, keys: bytes) -> None:
-    assert parse_detach_keys(text) == keys
-
-
-@pytest.mark.parametrize("text", ["", "ctrl-", "ctrl-pp", "ctrl-A", "ab", "a,,b", "é"])
-def test_bad_detach_keys(text: str) -> None:
-    with pytest.raises(InvalidRequest):
-        parse_detach_keys(text)
 
 
 class Peer:

@@ -10,7 +10,7 @@ import pytest
 from ambi.core.errors import Conflict, Corrupt, InvalidRequest, NotFound, Unsupported
 from ambi.core.model import Isolation, Status, Workload
 from ambi.core.roots import FORMAT, Roots
-from ambi.engine import daemon, execs, filters, names, signals
+from ambi.engine import daemon, filters, names, signals
 from ambi.engine.bus import EventBus
 from ambi.engine.records import Record, Registry
 from ambi.engine.state import StateDb
@@ -41,20 +41,6 @@ def test_signals(text: str, number: int) -> None:
 def test_wrong_signals(text: str) -> None:
     with pytest.raises(InvalidRequest, match="Invalid signal"):
         signals.parse(text)
-
-
-@pytest.mark.parametrize(
-    "text,keys",
-    [("ctrl-p,ctrl-q", b"\x10\x11"), ("a", b"a"), ("ctrl-@,ctrl-[,ctrl-_", b"\x00\x1b\x1f"), ("ctrl-A", b"\x01")],
-)
-def test_detach_keys(text: str, keys: bytes) -> None:
-    assert execs.detach_keys(text) == keys
-
-
-@pytest.mark.parametrize("text", ["", "ab", "ctrl-", "ctrl-1", "a,,b"])
-def test_wrong_detach_keys(text: str) -> None:
-    with pytest.raises(InvalidRequest, match="escape keys"):
-        execs.detach_keys(text)
 
 
 def instance(**changes: object) -> Instance:

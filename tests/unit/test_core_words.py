@@ -1,0 +1,38 @@
+"""Durations and detach keys, as docker writes and reads them."""
+
+import pytest
+
+from ambi.core import words
+from ambi.core.errors import InvalidRequest
+
+
+@pytest.mark.parametrize(
+    "seconds,text",
+    [
+        (0.4, "Less than a second"), (1.9, "1 second"), (59, "59 seconds"), (60, "About a minute"), (119, "About a minute"),
+        (120, "2 minutes"), (3599, "59 minutes"), (3600, "About an hour"), (7200, "2 hours"), (47.4 * 3600, "47 hours"),
+        (48 * 3600, "2 days"), (13 * 86400, "13 days"), (14 * 86400, "2 weeks"), (59 * 86400, "8 weeks"),
+        (60 * 86400, "2 months"), (729 * 86400, "24 months"), (730 * 86400, "2 years"),
+    ],
+)  # fmt: skip
+def test_human_duration(seconds: float, text: str) -> None:
+    assert words.human_duration(seconds) == text
+
+
+@pytest.mark.parametrize(
+    "text,keys",
+    [
+        ("ctrl-p,ctrl-q", b"\x10\x11"),
+        ("a", b"a"),
+        ("ctrl-@,a,ctrl-[,ctrl-_", b"\0a\x1b\x1f"),
+        ("ctrl-A", b"\x01"),
+    ],
+)
+def test_detach_keys(text: str, keys: bytes) -> None:
+    assert words.detach_keys(text) == keys
+
+
+@pytest.mark.parametrize("text", ["", "ab", "ctrl-", "ctrl-1", "a,,b", "é"])
+def test_wrong_detach_keys(text: str) -> None:
+    with pytest.raises(InvalidRequest, match="Invalid detach keys"):
+        words.detach_keys(text)
