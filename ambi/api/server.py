@@ -110,7 +110,7 @@ class Server:
         self._closing = True
         try:
             self._listener.shutdown(socket.SHUT_RDWR)
-        except OSError:
+        except OSError:  # closed already: what was wanted
             pass
         if self._thread.is_alive():
             self._thread.join()
@@ -222,5 +222,5 @@ def _end_input(connection: Connection) -> None:
         return
     try:
         connection.socket.shutdown(socket.SHUT_RD)
-    except OSError:
+    except OSError:  # the client is gone, or its thread has closed it
         pass

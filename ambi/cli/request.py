@@ -14,6 +14,7 @@ from typing import Any
 from ambi.cli import humanize, mounts
 from ambi.cli.values import env_list, key_values
 from ambi.core.errors import InvalidRequest, from_os_error
+from ambi.core.words import is_address
 
 STREAMS = ("stdin", "stdout", "stderr")
 _SYSCTL_PREFIXES = ("net.", "fs.mqueue.")
@@ -200,14 +201,8 @@ def _addresses(flag: str, texts: Sequence[str]) -> list[str]:
 
 def _address(flag: str, text: str) -> str:
     """`text` when it is an IPv4 or IPv6 address, without a zone."""
-    import socket
-
-    for family in (socket.AF_INET, socket.AF_INET6):
-        try:
-            socket.inet_pton(family, text)
-            return text
-        except OSError:
-            continue
+    if is_address(text):
+        return text
     raise InvalidRequest(f"invalid value for {flag}: '{text}' is no IP address", hint=f"as in {flag} 192.0.2.1")
 
 

@@ -307,5 +307,5 @@ def _feed(connection: Connection, source: BinaryIO, uploaded: Uploaded) -> None:
     except (Lost, OSError, ValueError):  # ValueError: the answer has come, and our caller has closed `source`
         try:
             connection.sock.shutdown(socket.SHUT_WR)  # a source that fails must not look like one that ended
-        except OSError:
+        except OSError:  # the engine has ended the connection: it knows
             pass

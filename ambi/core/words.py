@@ -48,3 +48,16 @@ def detach_keys(text: str) -> bytes:
             hint = "use keys like ctrl-p,ctrl-q or a,b"
             raise InvalidRequest(f"Invalid detach keys ({text}) provided: {key!r} is no key", hint=hint)
     return bytes(keys)
+
+
+def is_address(text: str) -> bool:
+    """Whether `text` is an IPv4 or IPv6 address, without a zone."""
+    import socket  # rarely needed, and not free where a fresh interpreter starts
+
+    for family in (socket.AF_INET, socket.AF_INET6):
+        try:
+            socket.inet_pton(family, text)
+        except OSError:  # not of this family
+            continue
+        return True
+    return False

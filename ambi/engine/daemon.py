@@ -280,7 +280,7 @@ def _await_service(roots: Roots, output: int) -> int:
                 finally:
                     os.close(folder)
                 return 0
-            except OSError:
+            except OSError:  # not yet: what it says meanwhile is read below
                 pass
         if select.select([output], [], [], 0.02)[0]:
             block = os.read(output, 4096)
@@ -320,7 +320,7 @@ def _remove_cgroup(end: float) -> None:
                 (root / "cgroup.procs").write_text(str(os.getpid()))
                 _remove_when_left(own, end)
                 own.parent.rmdir()
-        except OSError:
+        except OSError:  # no such hierarchy, or instances still run in it
             continue
 
 

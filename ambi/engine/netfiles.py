@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ambi.core.errors import InvalidRequest
+from ambi.core.words import is_address
 from ambi.engine.body import Body
 
 _LOCALHOST = """\
@@ -61,19 +62,6 @@ def _resolv(host: Body) -> str:
     if options:
         made.append("options " + " ".join(options))
     return "\n".join(made + kept) + "\n"
-
-
-def is_address(text: str) -> bool:
-    """Whether `text` is an IPv4 or IPv6 address."""
-    import socket
-
-    for family in (socket.AF_INET, socket.AF_INET6):
-        try:
-            socket.inet_pton(family, text)
-            return True
-        except OSError:
-            continue
-    return False
 
 
 def _read(path: str) -> str | None:

@@ -99,9 +99,12 @@ def tree_bytes(path: str) -> int:
     try:
         with os.scandir(path) as entries:
             for entry in entries:
-                total += entry.stat(follow_symlinks=False).st_blocks * 512
+                try:
+                    total += entry.stat(follow_symlinks=False).st_blocks * 512
+                except FileNotFoundError:  # removed meanwhile, as running instances do
+                    continue
                 if entry.is_dir(follow_symlinks=False):
                     total += tree_bytes(entry.path)
-    except OSError:
+    except OSError:  # the directory itself is gone, or was never made
         pass
     return total

@@ -36,3 +36,11 @@ def test_detach_keys(text: str, keys: bytes) -> None:
 def test_wrong_detach_keys(text: str) -> None:
     with pytest.raises(InvalidRequest, match="Invalid detach keys"):
         words.detach_keys(text)
+
+
+@pytest.mark.parametrize(
+    "text,is_one",
+    [("192.0.2.1", True), ("2001:db8::1", True), ("1.2.3", False), ("fe80::1%eth0", False), ("host", False), ("", False)],
+)
+def test_addresses(text: str, is_one: bool) -> None:
+    assert words.is_address(text) is is_one
