@@ -90,7 +90,8 @@ def _cgroups() -> Iterator[str]:
     for top, folders, _ in os.walk("/sys/fs/cgroup"):
         for folder in folders:
             if "ambi" in folder:
-                yield os.path.join(top, folder)
+                if folder != "ambi":  # the parent of all engines' groups: the last clean end removes it, a kill -9 cannot
+                    yield os.path.join(top, folder)
                 for below, deeper, _ in os.walk(os.path.join(top, folder)):
                     yield from (os.path.join(below, name) for name in deeper)
 
