@@ -86,4 +86,4 @@ make_venv() {
     echo "$_want" > "$_stamp"
 }
 
-PRODUCT_PACKAGES="python3 python3-venv gcc libc6-dev qemu-system-x86 e2fsprogs mmdebstrap kmod lz4 ca-certificates dpkg"
+PRODUCT_PACKAGES="libnftables1 python3 python3-venv gcc libc6-dev qemu-system-x86 e2fsprogs mmdebstrap kmod lz4 ca-certificates dpkg"

@@ -19,6 +19,7 @@ from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 from ambi.core.deadline import Deadline
+from ambi.core.errors import AmbiError
 from ambi.core.loop import Loop
 from ambi.core.model import ExitStatus, Isolation, Status, Usage
 from ambi.core.plan import LaunchPlan
@@ -87,6 +88,47 @@ class Created(Protocol):
 
     def delete(self, by: Deadline) -> None:
         """Kill what is left and remove everything that `create` made, but for what the upper and `data_dir` hold."""
+
+
+# Abilities that not every driver has, looked for with getattr; a shim answers Unsupported for one that is missing.
+
+
+class Pausable(Protocol):
+    """Of a Created: freeze and thaw the workload. Both are idempotent; `state()` tells PAUSED."""
+
+    def pause(self, by: Deadline) -> None: ...
+
+    def resume(self, by: Deadline) -> None: ...
+
+
+class Updatable(Protocol):
+    """Of a Created."""
+
+    def update(self, resources: dict[str, Any], by: Deadline) -> None:
+        """Change limits while it runs: an OCI `linux.resources` with only what changes.
+
+        Raises Unsupported naming the limit that cannot be changed now; nothing is changed then.
+        """
+
+
+class Pluggable(Protocol):
+    """Of a Created whose workload does not see what the engine does in its network namespace: a VM."""
+
+    def plug_nic(self, name: str, by: Deadline) -> None:
+        """Give the workload the interface `name` that has just appeared in the namespace."""
+
+    def unplug_nic(self, name: str, by: Deadline) -> None:
+        """Take it away; the engine deletes the interface afterwards. One that is not there is no error."""
+
+
+class Browsable(Protocol):
+    """Of a Created, and of what `Driver.browse(plan, undo, by, loop)` returns for an instance that does not run."""
+
+    def tree(self, request: dict[str, Any], fd: int | None, done: Callable[[dict[str, Any] | AmbiError], None]) -> None:
+        """Look into or change the root; ambi/shim/PROTOCOL.md, "Trees", has the requests and answers.
+
+        fd: where the tar stream goes to or comes from; taken over. done: called once, from the loop.
+        """
 
 
 class Problem(NamedTuple):

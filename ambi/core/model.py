@@ -60,6 +60,8 @@ class Usage(NamedTuple):
     memory_limit_bytes: int  # 0: none
     pids: int
     oom_kills: int
+    block_read_bytes: int = 0
+    block_write_bytes: int = 0
 
 
 class VmShape(NamedTuple):

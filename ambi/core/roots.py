@@ -6,7 +6,8 @@ data root (survives a boot; /var/lib/ambi)          run root (a boot forgets it;
   images/            the image store                  notify.sock   shims tell the engine here that they ended
   guest/             kernels, initramfs               zygote.sock   requests for shims
   instances/ID/      see ambi/engine/README.md        instances/ID/ shim.sock, shim.json, console
-  volumes/           named volumes                    layers/NAME   mount points, seen by zygote and shims only
+  volumes/NAME/      named volumes: _data/ or disk.img  netd.sock    DNS and published ports
+                                                      layers/NAME   mount points, seen by zygote and shims only
 """
 
 from __future__ import annotations
@@ -65,6 +66,14 @@ class Roots(NamedTuple):
     @property
     def zygote_socket(self) -> Path:
         return self.run / "zygote.sock"
+
+    @property
+    def volumes(self) -> Path:
+        return self.data / "volumes"
+
+    @property
+    def netd_socket(self) -> Path:
+        return self.run / "netd.sock"
 
     @property
     def layers(self) -> Path:

@@ -46,13 +46,28 @@ CREATE TABLE events (
 );
 """
 
+_SCHEMA_2 = """
+CREATE TABLE networks (id TEXT PRIMARY KEY, name TEXT NOT NULL UNIQUE, body TEXT NOT NULL, created_ns INTEGER NOT NULL)
+    WITHOUT ROWID;
+CREATE TABLE endpoints (
+    instance TEXT NOT NULL REFERENCES instances (id) ON DELETE CASCADE, network TEXT NOT NULL, body TEXT NOT NULL,
+    PRIMARY KEY (instance, network)
+) WITHOUT ROWID;
+CREATE TABLE volumes (name TEXT PRIMARY KEY, body TEXT NOT NULL, created_ns INTEGER NOT NULL) WITHOUT ROWID;
+ALTER TABLE instances ADD COLUMN mounts TEXT NOT NULL DEFAULT '[]';
+ALTER TABLE instances ADD COLUMN held INTEGER NOT NULL DEFAULT 0;
+"""
+
 # MIGRATIONS[n] brings a database of version n to n + 1; version 0 is an empty file.
-MIGRATIONS: tuple[str, ...] = (_SCHEMA_1,)
+MIGRATIONS: tuple[str, ...] = (_SCHEMA_1, _SCHEMA_2)
 VERSION = len(MIGRATIONS)
 
 
 class Row(NamedTuple):
-    """One instance as it is stored. boot_id: of the boot in which `state` was true."""
+    """One instance as it is stored. boot_id: of the boot in which `state` was true.
+
+    mounts: resolved mount points, see docs/design/0004-networks.md. held: the user stopped it, no policy starts it again.
+    """
 
     id: InstanceId
     name: str
@@ -66,6 +81,8 @@ class Row(NamedTuple):
     state: State
     restart_count: int
     boot_id: str
+    mounts: tuple[dict[str, Any], ...] = ()
+    held: bool = False
 
 
 class ExecRow(NamedTuple):
@@ -156,11 +173,12 @@ class StateDb:
         ids = dumps({"uids": row.id_map.uids, "gids": row.id_map.gids}) if row.id_map else None
         state = row.state
         self._write(
-            "INSERT INTO instances VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?)",
+            "INSERT INTO instances VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?)",
             (
                 row.id, row.name, row.workload.value, row.isolation.value, row.image_id, row.image, dumps(row.spec), ids,
                 row.created_ns, state.status.value, state.pid, state.exit_code, state.error, int(state.oom_killed),
                 state.started_ns, state.finished_ns, row.restart_count, row.boot_id,
+                dumps(row.mounts), int(row.held),
             ),
         )  # fmt: skip
 
@@ -177,8 +195,51 @@ class StateDb:
     def set_name(self, instance: str, name: str) -> None:
         self._write("UPDATE instances SET name=? WHERE id=?", (name, instance))
 
+    def set_held(self, instance: str, held: bool) -> None:
+        self._write("UPDATE instances SET held=? WHERE id=?", (int(held), instance))
+
+    def set_restart_count(self, instance: str, count: int) -> None:
+        self._write("UPDATE instances SET restart_count=? WHERE id=?", (count, instance))
+
+    def set_spec(self, instance: str, spec: CreateSpec) -> None:
+        self._write("UPDATE instances SET spec=? WHERE id=?", (dumps(spec), instance))
+
     def delete(self, instance: str) -> None:
         self._write("DELETE FROM instances WHERE id=?", (instance,))
+
+    # Networks, endpoints, volumes: a body of JSON each, whose shape is that of their owner
+
+    def networks(self) -> list[dict[str, Any]]:
+        return [json.loads(row[0]) for row in self._read("SELECT body FROM networks ORDER BY created_ns")]
+
+    def insert_network(self, id: str, name: str, body: dict[str, Any], created_ns: int) -> None:
+        self._write("INSERT INTO networks VALUES (?,?,?,?)", (id, name, dumps(body), created_ns))
+
+    def delete_network(self, id: str) -> None:
+        self._write("DELETE FROM networks WHERE id=?", (id,))
+
+    def endpoints(self) -> list[tuple[str, str, dict[str, Any]]]:
+        """Instance, network, body."""
+        return [(r[0], r[1], json.loads(r[2])) for r in self._read("SELECT instance, network, body FROM endpoints")]
+
+    def put_endpoint(self, instance: str, network: str, body: dict[str, Any]) -> None:
+        self._write("INSERT OR REPLACE INTO endpoints VALUES (?,?,?)", (instance, network, dumps(body)))
+
+    def delete_endpoint(self, instance: str, network: str) -> None:
+        self._write("DELETE FROM endpoints WHERE instance=? AND network=?", (instance, network))
+
+    def volumes(self) -> list[dict[str, Any]]:
+        return [json.loads(row[0]) for row in self._read("SELECT body FROM volumes ORDER BY created_ns")]
+
+    def insert_volume(self, name: str, body: dict[str, Any], created_ns: int) -> None:
+        self._write("INSERT INTO volumes VALUES (?,?,?)", (name, dumps(body), created_ns))
+
+    def delete_volume(self, name: str) -> None:
+        self._write("DELETE FROM volumes WHERE name=?", (name,))
+
+    def _read(self, sql: str) -> list[tuple[Any, ...]]:
+        with self._lock:
+            return self._db.execute(sql).fetchall()
 
     # Execs
 
@@ -233,7 +294,22 @@ def _row(c: tuple[Any, ...]) -> Row:
     id_map = IdMap(_ranges(ids["uids"]), _ranges(ids["gids"])) if ids else None
     state = State(Status(c[9]), c[10], c[11], c[12], bool(c[13]), c[14], c[15])
     spec = CreateSpec(*json.loads(c[6]))
-    return Row(c[0], c[1], Workload(c[2]), Isolation(c[3]), c[4], c[5], spec, id_map, c[8], state, c[16], c[17])
+    return Row(
+        c[0],
+        c[1],
+        Workload(c[2]),
+        Isolation(c[3]),
+        c[4],
+        c[5],
+        spec,
+        id_map,
+        c[8],
+        state,
+        c[16],
+        c[17],
+        tuple(json.loads(c[18])),
+        bool(c[19]),
+    )
 
 
 def _ranges(rows: list[list[int]]) -> tuple[IdRange, ...]:
