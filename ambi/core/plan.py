@@ -24,8 +24,8 @@ Fields of config.json that mean something of their own here:
 - a network namespace without path means a fresh one in which only `lo` is up.
 - `annotations`: `ambi.init` = `1` runs the program under a reaping init of ours (docker's --init); `ambi.disposable` = `1`
   says that the upper is worthless after this run, so that its file system need not be synced when the run ends.
-- a mount of type `bind` has an absolute source on the host; the engine has checked that it exists. Its options may have
-  `ambi.copy` (an empty source gets what the root has at the destination) and `ambi.subpath=PATH` (resolved inside the source).
+- a mount of type `bind` has an absolute source on the host; the engine has checked that it exists. Options may have
+  `ambi.copy` (an empty source gets what the root has at the destination), `ambi.subpath=PATH` (resolved in the source).
 - a mount of type `ambi.disk` has an image file of ext4 as its source; VMs alone can have one.
 """
 
