@@ -31,7 +31,7 @@ _MAX_NESTING = 4  # of indexes
 _MAX_LAYERS = 500
 _DOCKER, _OCI = "manifest.json", "index.json"
 _NAME, _SHORT_NAME = "io.containerd.image.name", "org.opencontainers.image.ref.name"
-_LAYER_TYPES = ("application/vnd.oci.image.layer.", "application/vnd.docker.image.rootfs.")
+LAYER_TYPES = ("application/vnd.oci.image.layer.", "application/vnd.docker.image.rootfs.")
 
 
 class Plan(NamedTuple):
@@ -149,7 +149,7 @@ def _oci_plan(members: Members, data: bytes, names: tuple[reference.Reference, .
     layers = []
     for descriptor in _list(body, "layers"):
         media_type = descriptor.get("mediaType") if isinstance(descriptor, dict) else None
-        if not isinstance(media_type, str) or not media_type.startswith(_LAYER_TYPES):
+        if not isinstance(media_type, str) or not media_type.startswith(LAYER_TYPES):
             raise Unsupported(f"image archive has a layer of type {media_type!r}, which is no file system")
         layers.append(members.blob(descriptor, "layer"))
     return _plan(config, tuple(layers), names, data)
@@ -200,7 +200,7 @@ def _converted(store: Store, plan: Plan, progress: ProgressSink) -> Iterator[Seq
         with ThreadPoolExecutor(workers, "layers") as pool:
             for result in [pool.submit(run, part) for part in range(workers)]:
                 result.result()
-        for file in {id(layer.blob): layer.blob for layer in done.values()}.values():
+        for file in {id(layer.blob): layer.blob for layer in done.values() if layer.blob is not None}.values():
             file.sync()
         yield [done[number] for number, _ in jobs]
     finally:

@@ -1,7 +1,8 @@
 """Blobs by digest, as an OCI image layout: `oci-layout`, `index.json`, `blobs/sha256/HEX`.
 
-What is written appears in `ingest/` first, and by rename in `blobs/` once it is complete and synced. Nobody else uses the
-store (`store.Store` holds its lock), so whatever lies in `ingest/` when it is opened was left by a crash.
+What is written appears in `ingest/` first, and by rename in `blobs/` once it is complete and synced; what comes from a
+registry in `partial/HEX`, so that a download that was cut goes on where it ended. Nobody else uses the store (`store.Store`
+holds its lock), so whatever lies in `ingest/` when it is opened was left by a crash.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import hashlib
 import json
 import os
 import shutil
+import time
 import uuid
 from pathlib import Path
 from types import TracebackType
@@ -18,6 +20,7 @@ from typing import Any
 from ambi.core.errors import Corrupt, NotFound
 from ambi.core.model import Digest
 
+_PARTIAL_S = 7 * 86400.0  # how long half a download is worth keeping
 _SMALL = 16 << 20  # JSON documents are read whole, up to here
 
 
@@ -67,6 +70,40 @@ class Ingest:
         self.discard()
 
 
+class Partial(Ingest):
+    """A blob on its way from elsewhere, by the digest that it must have. What is there of it outlives a crash.
+
+    have: bytes that an earlier attempt left. They are read and written again through `write`, which then only hashes them.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.size = 0
+        self._hash = hashlib.sha256()
+        self.fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        self.have = os.fstat(self.fd).st_size
+
+    def write(self, data: bytes | memoryview) -> None:
+        self._hash.update(data)
+        view = memoryview(data)
+        known = max(0, min(len(view), self.have - self.size))
+        self.size += len(view)
+        view = view[known:]
+        while view:
+            view = view[os.pwrite(self.fd, view, self.size - len(view)) :]
+
+    def discard(self) -> None:
+        """Close it; what is there is kept for the next attempt."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+    def spoil(self) -> None:
+        """Its bytes are wrong: remove it."""
+        self.discard()
+        self.path.unlink(missing_ok=True)
+
+
 class ContentStore:
     """See the module. `publish`, `remove` and `sweep` are for the holder of the store's mutex."""
 
@@ -75,6 +112,9 @@ class ContentStore:
         self._blobs = root / "blobs" / "sha256"
         self._ingest = root / "ingest"
         self._blobs.mkdir(parents=True, exist_ok=True)
+        self._partial = root / "partial"
+        self._partial.mkdir(mode=0o700, exist_ok=True)
+        self.sweep_partial(time.time() - _PARTIAL_S)
         shutil.rmtree(self._ingest, ignore_errors=True)
         self._ingest.mkdir(mode=0o700, exist_ok=True)
         _replace(root / "oci-layout", b'{"imageLayoutVersion": "1.0.0"}')
@@ -100,6 +140,20 @@ class ContentStore:
 
     def ingest(self) -> Ingest:
         return Ingest(self.staging())
+
+    def partial(self, digest: str) -> Partial:
+        """A blob to be got from elsewhere; one at a time for one digest."""
+        return Partial(self._partial / digest.removeprefix("sha256:"))
+
+    def sweep_partial(self, before: float) -> int:
+        """Remove parts of blobs that nobody has written to since `before` (seconds since 1970); the bytes freed."""
+        freed = 0
+        for entry in os.scandir(self._partial):
+            status = entry.stat(follow_symlinks=False)
+            if status.st_mtime < before:
+                freed += status.st_blocks * 512
+                os.unlink(entry.path)
+        return freed
 
     def staging(self) -> Path:
         """A fresh path in the ingest directory, for a file or directory; the caller removes it."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple, Protocol
 
 from ambi.core.errors import Corrupt, StorageFull, Unsupported, from_os_error
 from ambi.core.events import Progress, ProgressSink
@@ -31,14 +31,15 @@ def about(what: str) -> Iterator[None]:
 
 
 class NewLayer(NamedTuple):
-    """A layer whose blob and snapshot wait in the ingest directory. prepared: None when the store has the layer."""
+    """A layer whose blob and snapshot wait in the ingest directory. prepared, blob: None when the store has it."""
 
     row: LayerRow
-    blob: Ingest
+    blob: Ingest | None
     prepared: Prepared | None
 
     def discard(self) -> None:
-        self.blob.discard()
+        if self.blob is not None:
+            self.blob.discard()
         if self.prepared is not None:
             discard(self.prepared.path)
 
@@ -48,14 +49,28 @@ def layer_row(blob: Ingest, converted: Converted) -> LayerRow:
     return LayerRow(converted.diff_id, converted.tar_bytes, converted.content_bytes, blob.digest, media_type, blob.size)
 
 
+class Source(Protocol):
+    """Where the bytes of an archive come from; b"" at the end."""
+
+    def read(self, size: int, /) -> bytes: ...
+
+
 def receive_layer(
-    source: BinaryIO, form: FormName, *, content: ContentStore, snapshots: Snapshots, progress: ProgressSink
+    source: Source,
+    form: FormName,
+    *,
+    content: ContentStore,
+    snapshots: Snapshots,
+    progress: ProgressSink,
+    blob: Ingest | None = None,
 ) -> NewLayer:
     """Read one archive to its end. For EROFS it is written, hashed and converted at the same time.
 
+    blob: where it is written, taken over; None for a new one.
+
     Raises Corrupt, StorageFull and whatever `source` raises; nothing is left then.
     """
-    blob = content.ingest()
+    blob = blob or content.ingest()
     try:
         with Worker() as worker:
             if form == "erofs":
@@ -78,7 +93,7 @@ def receive_layer(
         raise
 
 
-def _stream(source: BinaryIO, worker: Worker, blob: Ingest, snapshots: Snapshots, progress: ProgressSink) -> Prepared:
+def _stream(source: Source, worker: Worker, blob: Ingest, snapshots: Snapshots, progress: ProgressSink) -> Prepared:
     path = snapshots.staging()
     read_end, write_end = pipe()
     target = -1
@@ -101,7 +116,7 @@ def _stream(source: BinaryIO, worker: Worker, blob: Ingest, snapshots: Snapshots
             os.close(target)
 
 
-def _copy(source: BinaryIO, blob: Ingest, progress: ProgressSink, tee: int | None = None) -> None:
+def _copy(source: Source, blob: Ingest, progress: ProgressSink, tee: int | None = None) -> None:
     """All of `source` into `blob`, and into the pipe `tee` until its reader goes (its answer then says why)."""
     told = 0
     while chunk := source.read(_READ):

@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 from ambi.core.errors import Conflict, InvalidRequest, NotFound
 from ambi.core.events import ProgressSink, ignore
@@ -36,6 +36,11 @@ from images.model import HistoryStep, Image, Removed
 from images.probe import layer_form
 from images.snapshots import FormName, Prepared, Snapshots, discard
 from images.times import parse_ns
+
+if TYPE_CHECKING:
+    from images.pull import Pulled
+    from images.push import Pushed
+    from images.registry.settings import Credentials
 
 __all__ = ["HistoryStep", "Image", "Removed", "Store"]
 
@@ -233,6 +238,31 @@ class Store:
         with about("cannot load the archive"):
             return archive.load(self, source, progress)
 
+    def pull(self, name: str, credentials: Credentials | None = None, *, progress: ProgressSink = ignore) -> Pulled:
+        """An image from its registry; see `images.pull`."""
+        from images import pull
+        from images.registry.settings import Credentials
+
+        return pull.pull(self, reference.parse(name), credentials or Credentials(), progress)
+
+    def push(self, name: str, credentials: Credentials | None = None, *, progress: ProgressSink = ignore) -> Pushed:
+        """An image to the registry that its name tells; see `images.push`."""
+        from images import push
+        from images.registry.settings import Credentials
+
+        return push.push(self, reference.parse(name), credentials or Credentials(), progress)
+
+    def save(self, names: Sequence[str], target: BinaryIO) -> None:
+        """Images as one archive that this store, docker and OCI tools load; see `images.save`."""
+        from images import save
+
+        save.save(self, names, target)
+
+    def image_layers(self, image: Image) -> Sequence[LayerRow]:
+        """What is known of its layers, the lowest first."""
+        with self._mutex:
+            return self._database.layers(image.id)
+
     def bootstrap(
         self, suite: str, name: str = "", *, packages: Sequence[str] = (), progress: ProgressSink = ignore
     ) -> Image:
@@ -270,7 +300,7 @@ class Store:
     def _publish(self, documents: Sequence[Ingest], layers: Sequence[NewLayer]) -> None:
         done: set[str] = set()
         for blob in (*documents, *(layer.blob for layer in layers)):
-            if blob.digest not in done and blob.path.exists():
+            if blob is not None and blob.digest not in done and blob.path.exists():
                 self.content.publish(blob)
                 done.add(blob.digest)
         for layer in layers:
@@ -298,6 +328,15 @@ class Store:
             self.resolve(image.id)
             with self._database.transaction():
                 self._database.set_name(wanted.canonical, image.id)
+            self._write_index()
+
+    def set_names(self, image: Image, names: Sequence[reference.Reference]) -> None:
+        """Give `image` names, digests too; for who knows that they are true."""
+        with self._mutex:
+            self.resolve(image.id)
+            with self._database.transaction():
+                for name in names:
+                    self._database.set_name(name.canonical, image.id)
             self._write_index()
 
     def remove(self, name: str, *, force: bool = False, prune: bool = True, in_use: InUse) -> Removals:
@@ -331,6 +370,13 @@ class Store:
             with self._database.transaction():
                 self._database.drop_unused_layers(set(self._held))
             return self.snapshots.sweep() + self.content.sweep(self._database.blobs())
+
+    def forget_partial(self, digests: Sequence[str]) -> None:
+        """Remove what is left of downloads that are complete and in the store."""
+        with self._mutex:
+            for digest in digests:
+                if self.content.path(digest).exists():
+                    self.content.partial(digest).spoil()
 
     def known_layer(self, diff_id: str) -> tuple[int, int] | None:
         """Its tar_bytes and content_bytes, when it is there in the form that is used here; for a holder of it."""

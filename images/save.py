@@ -1,0 +1,100 @@
+"""Images as one archive: an OCI image layout that has Docker's `manifest.json` as well, written in one pass.
+
+Blobs go in as they are stored, so digests survive a save and a load; a blob that several images share is there once.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import tarfile
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from ambi.core.errors import InvalidRequest
+from images import manifest, reference
+from images.content import parse_json
+from images.model import Image
+
+if TYPE_CHECKING:
+    from images.store import Store
+
+_NAME, _TAG = "io.containerd.image.name", "org.opencontainers.image.ref.name"
+
+
+def save(store: Store, names: Sequence[str], target: BinaryIO) -> None:
+    """Write the images that `names` mean to `target`, which need not be a file. Raises NotFound before the first byte."""
+    if not names:
+        raise InvalidRequest("no image is named", hint="ambi save -o FILE IMAGE...")
+    wanted: dict[str, tuple[Image, list[reference.Reference]]] = {}
+    for name in names:
+        image = store.resolve(name)
+        _, tags = wanted.setdefault(image.id, (image, []))
+        tags += [tag for tag in _tags(image, name) if tag not in tags]
+    held = [diff_id for image, _ in wanted.values() for diff_id in image.layers]
+    with store.hold(held), tarfile.open(fileobj=target, mode="w|", format=tarfile.PAX_FORMAT) as archive:
+        _write(store, list(wanted.values()), archive)
+
+
+def _tags(image: Image, name: str) -> list[reference.Reference]:
+    """The names that the archive gives the image: the one asked for, all of a repository, none for an id."""
+    own = [reference.parse(tag) for tag in image.names]
+    digits = name.removeprefix("sha256:")
+    if image.id.removeprefix("sha256:").startswith(digits):
+        return []
+    asked = reference.parse(name)
+    return [tag for tag in own if (tag.domain, tag.path) == (asked.domain, asked.path) and tag.tag == (asked.tag or tag.tag)]
+
+
+def _write(store: Store, images: Sequence[tuple[Image, list[reference.Reference]]], archive: tarfile.TarFile) -> None:
+    docker: list[dict[str, Any]] = []
+    entries: list[dict[str, Any]] = []
+    written: set[str] = set()
+    for directory in ("blobs", "blobs/sha256"):
+        archive.addfile(_member(directory, 0, tarfile.DIRTYPE))
+    for image, tags in images:
+        size = _blob(store, archive, image.manifest, written)
+        with os.fdopen(store.content.open(image.manifest), "rb") as file:
+            body = parse_json(file.read(), f"manifest {image.manifest}")
+        layers = [str(entry["digest"]) for entry in body["layers"]]
+        for digest in (image.id, *layers):
+            _blob(store, archive, digest, written)
+        kind = body.get("mediaType") or manifest.MANIFEST
+        entry = {"mediaType": kind, "digest": image.manifest, "size": size}
+        entries += [{**entry, "annotations": {_NAME: tag.canonical, _TAG: tag.tag}} for tag in tags] or [entry]
+        docker.append({
+            "Config": _path(image.id),
+            "RepoTags": [tag.familiar for tag in tags] or None,
+            "Layers": [_path(digest) for digest in layers],
+        })  # fmt: skip
+    index = {"schemaVersion": 2, "mediaType": manifest.INDEX, "manifests": entries}
+    _text(archive, "index.json", index)
+    _text(archive, "manifest.json", docker)
+    _text(archive, "oci-layout", {"imageLayoutVersion": "1.0.0"})
+
+
+def _path(digest: str) -> str:
+    return f"blobs/sha256/{digest.removeprefix('sha256:')}"
+
+
+def _member(name: str, size: int, kind: bytes = tarfile.REGTYPE) -> tarfile.TarInfo:
+    member = tarfile.TarInfo(name)
+    member.type, member.size = kind, size
+    member.mode = 0o755 if kind == tarfile.DIRTYPE else 0o644
+    return member
+
+
+def _blob(store: Store, archive: tarfile.TarFile, digest: str, written: set[str]) -> int:
+    """Write a blob that is not there yet; its size."""
+    with os.fdopen(store.content.open(digest), "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        if digest not in written:
+            written.add(digest)
+            archive.addfile(_member(_path(digest), size), file)
+    return size
+
+
+def _text(archive: tarfile.TarFile, name: str, body: object) -> None:
+    data = json.dumps(body, separators=(",", ":")).encode()
+    archive.addfile(_member(name, len(data)), io.BytesIO(data))
