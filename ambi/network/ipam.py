@@ -48,7 +48,7 @@ def choose(used: Iterable[str], family: int = 4) -> Pool:
     one, or for IPv6 a random /64 of fd00::/8. Raises NotFound when all are used, with docker's text."""
     busy = [found for found in _parsed(used) if found.version == family]
     for candidate in _candidates(family):
-        if not any(candidate.overlaps(other) for other in busy):  # type: ignore[arg-type]
+        if not any(candidate.overlaps(other) for other in busy):
             return Pool(str(candidate), str(candidate[1]))
     raise NotFound(
         f"could not find an available, non-overlapping IPv{family} address pool among the defaults to assign to the network",
@@ -82,10 +82,10 @@ def check(pools: Sequence[Pool], used: Iterable[str]) -> tuple[Pool, ...]:
     done = []
     for pool in pools:
         net = subnet(pool.subnet)
-        if any(net.version == other.version and net.overlaps(other) for other in busy):  # type: ignore[arg-type]
+        if any(net.version == other.version and net.overlaps(other) for other in busy):
             raise Forbidden(
                 "Pool overlaps with other one on this address space",
-                hint=f"{net} is used by another network or a route of this host: `ip route` and `ambi network ls` show which",
+                hint=f"{net} is used by a network or a route of this host: see `ip route` and `ambi network ls`",
             )
         busy.append(net)
         done.append(_complete(pool, net))
