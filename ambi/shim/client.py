@@ -70,13 +70,34 @@ class ShimConnection:
         Raises what the shim raised; DeadlineExceeded when it has not answered by `by` (it may do so later); Unavailable when
         the connection has ended, but for `delete`, which is then done.
         """
+        message = self._exchange(op, fds, by, fields)
+        if message is None:
+            return self._gone(op)
+        message.close()
+        return self._result(message)
+
+    def descriptor(self, op: str, *, by: Deadline | None = None, **fields: Any) -> int:
+        """The descriptor that comes with the answer to `op`: the caller's. Raises as `call`, and Unavailable without one."""
+        message = self._exchange(op, (), by, fields)
+        if message is None:
+            raise self._ended_before(op)
+        try:
+            self._result(message)
+            if len(message.fds) != 1:
+                raise Unavailable(f"the shim of {self.instance_id[:12]} answered '{op}' without a descriptor")
+            return message.fds.pop()
+        finally:
+            message.close()
+
+    def _exchange(self, op: str, fds: Iterable[int], by: Deadline | None, fields: dict[str, Any]) -> unix.Message | None:
+        """The answer to a request, which the caller closes; None when the connection has ended."""
         remaining = by.remaining() if by is not None else None
         if remaining is not None:
             fields.setdefault("by_s", remaining)
         slot = _Slot()
         with self._lock:
             if self._closed:
-                return self._gone(op)
+                return None
             self._seq += 1
             seq = self._seq
             self._waiting[seq] = slot
@@ -86,18 +107,20 @@ class ShimConnection:
             self._waiting.pop(seq, None)
             if isinstance(error, TimeoutError):
                 raise Unavailable(f"the shim of {self.instance_id[:12]} does not read its requests") from error
-            return self._gone(op)
+            return None
         except AmbiError:
             self._waiting.pop(seq, None)
             raise
         if not slot.done.wait(None if remaining is None else remaining + 1.0):  # its own answer about the time comes first
             self._waiting.pop(seq, None)
             raise DeadlineExceeded(f"the shim of {self.instance_id[:12]} did not answer '{op}' in time")
-        if slot.answer is None:
-            return self._gone(op)
-        if "error" in slot.answer:
-            raise from_wire(slot.answer["error"])
-        result: dict[str, Any] = slot.answer.get("ok") or {}
+        return slot.answer
+
+    @staticmethod
+    def _result(message: unix.Message) -> dict[str, Any]:
+        if "error" in message.body:
+            raise from_wire(message.body["error"])
+        result: dict[str, Any] = message.body.get("ok") or {}
         return result
 
     def tell(self, op: str, *, fds: Iterable[int] = (), **fields: Any) -> None:
@@ -117,7 +140,10 @@ class ShimConnection:
     def _gone(self, op: str) -> dict[str, Any]:
         if op == "delete":
             return {}
-        raise Unavailable(f"the shim of {self.instance_id[:12]} has ended, so '{op}' cannot be done")
+        raise self._ended_before(op)
+
+    def _ended_before(self, op: str) -> Unavailable:
+        return Unavailable(f"the shim of {self.instance_id[:12]} has ended, so '{op}' cannot be done")
 
     def _receive(self) -> bool:
         """Take one message, in the reader's thread; False at the end of the connection."""
@@ -127,16 +153,15 @@ class ShimConnection:
             message = None
         if message is None:
             return False
-        message.close()
         seq = message.body.get("seq")
-        if not isinstance(seq, int):
-            if self._on_event is not None:
-                _callbacks().put((self._on_event, message.body))
-            return True
-        slot = self._waiting.pop(seq, None)
+        slot = self._waiting.pop(seq, None) if isinstance(seq, int) else None
         if slot is not None:
-            slot.answer = message.body
+            slot.answer = message
             slot.done.set()
+            return True
+        message.close()
+        if not isinstance(seq, int) and self._on_event is not None:
+            _callbacks().put((self._on_event, message.body))
         return True
 
     def _ended(self) -> None:
@@ -157,7 +182,7 @@ class _Slot:
 
     def __init__(self) -> None:
         self.done = threading.Event()
-        self.answer: dict[str, Any] | None = None
+        self.answer: unix.Message | None = None
 
 
 class _Reader:

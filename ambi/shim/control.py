@@ -6,6 +6,7 @@ import os
 import select
 import socket
 from collections import deque
+from collections.abc import Iterable
 from typing import Any
 
 from ambi.core.errors import AmbiError
@@ -34,17 +35,18 @@ class Request:
         """The connection that it came by."""
         return self._sock
 
-    def answer(self, result: dict[str, Any]) -> None:
-        self._send({"seq": self.body.get("seq"), "ok": result})
+    def answer(self, result: dict[str, Any], fds: Iterable[int] = ()) -> None:
+        """`fds` stay the caller's."""
+        self._send({"seq": self.body.get("seq"), "ok": result}, fds)
 
     def fail(self, error: AmbiError) -> None:
         self._send({"seq": self.body.get("seq"), "error": error.to_wire()})
 
-    def _send(self, body: dict[str, Any]) -> None:
+    def _send(self, body: dict[str, Any], fds: Iterable[int] = ()) -> None:
         self.message.close()
         if body["seq"] is None:  # nobody asked for an answer
             return
-        if not _deliver(self._sock, body):
+        if not _deliver(self._sock, body, fds):
             self._control.drop(self._sock)  # whoever waits for this answer must not wait for ever
 
 
@@ -128,11 +130,11 @@ class Control:
             sock.close()
 
 
-def _deliver(sock: socket.socket, body: dict[str, Any]) -> bool:
+def _deliver(sock: socket.socket, body: dict[str, Any], fds: Iterable[int] = ()) -> bool:
     if sock.fileno() < 0:
         return False
     try:
-        unix.send(sock, body)
+        unix.send(sock, body, fds)
     except (AmbiError, OSError):
         return False
     return True

@@ -24,7 +24,7 @@ from ambi.core.loop import Loop
 from ambi.core.model import ExitStatus
 from ambi.core.plan import LaunchPlan
 from ambi.core.undo import Undo
-from ambi.shim import drivers, leave, logread, record
+from ambi.shim import drivers, leave, logread, netns, record
 from ambi.shim.attach import Attach, Hub
 from ambi.shim.control import Control, Request
 from ambi.shim.log import LogWriter
@@ -63,6 +63,7 @@ class Shim:
         self._phase = "new"  # then "running", "ended"
         self._driver = driver
         self._created: Created | None = None
+        self._netns: int | None = None  # the network namespace that `start` came with: held until we end
         self._hub = Hub(loop, spec.data_dir, terminal=False, stdin_once=False)
         self._hub.on_detach = lambda: self.control.event({"event": "detach", "exec_id": None})
         self._waits = Understudies(loop)
@@ -111,6 +112,7 @@ class Shim:
         if self._phase != "new":
             raise Conflict(f"instance {self.spec.id[:12]} has been started already")
         by = Deadline.after(_seconds(request, START_SECONDS))
+        self._netns = netns.taken(request.message)
         try:
             pid = self._launch(by)
         except BaseException:
@@ -125,7 +127,7 @@ class Shim:
         return {"pid": pid}
 
     def _launch(self, by: Deadline) -> int:
-        plan = LaunchPlan.load(Path(self.spec.data_dir))
+        plan = netns.given(LaunchPlan.load(Path(self.spec.data_dir)), self._netns)
         supervision = plan.supervision
         terminal = bool((plan.config.get("process") or {}).get("terminal"))
         self._hub.terminal, self._hub.stdin_once = terminal, supervision.stdin_once
@@ -244,6 +246,22 @@ class Shim:
 
     def processes(self, _request: Request) -> dict[str, Any]:
         return {"processes": self._running().processes()}
+
+    def netns(self, request: Request) -> None:
+        """The network namespace of the instance, a descriptor of which goes with the answer."""
+        fd = netns.opened(self._netns, self._running().init.pid)
+        try:
+            request.answer({}, [fd])
+        finally:
+            os.close(fd)
+
+    def plug_nic(self, request: Request) -> dict[str, Any]:
+        netns.plug(self._running(), _field(request, "name", str), Deadline.after(_seconds(request, START_SECONDS)))
+        return {}
+
+    def unplug_nic(self, request: Request) -> dict[str, Any]:
+        netns.unplug(self._running(), _field(request, "name", str), Deadline.after(_seconds(request, START_SECONDS)))
+        return {}
 
     def delete(self, request: Request) -> None:
         """Answered at the end of the run, which this brings about."""
@@ -379,6 +397,9 @@ HANDLERS: dict[str, Callable[[Shim, Request], dict[str, Any] | None]] = {
     "state": Shim.state,
     "usage": Shim.usage,
     "processes": Shim.processes,
+    "netns": Shim.netns,
+    "plug_nic": Shim.plug_nic,
+    "unplug_nic": Shim.unplug_nic,
     "delete": Shim.delete,
 }
 
