@@ -95,6 +95,15 @@ def tags(wanted: Reference, credentials: Credentials) -> list[str]:
         repository.close()
 
 
+def describe(wanted: Reference, credentials: Credentials) -> Document:
+    """The manifest or index that the registry has under this name."""
+    repository = Repository(wanted, registries.load(), credentials)
+    try:
+        return repository.manifest(wanted.digest or wanted.tag)
+    finally:
+        repository.close()
+
+
 def log_in(domain: str, credentials: Credentials, settings: Settings | None = None) -> None:
     """Raises Forbidden when the registry refuses the credentials."""
     repository = Repository(Reference(domain, "", ""), settings or registries.load(), credentials)
@@ -246,39 +255,51 @@ class _Pull:
                 self._tell(short, "Already exists")
                 return NewLayer(LayerRow(diff_id, *known, layer.digest, layer.media_type, layer.size), None, None)
             new = self._download(layer, short)
-        if new.row.diff_id != diff_id:
+        try:
+            if new.row.diff_id != diff_id:
+                self._store.content.partial(layer.digest).spoil()
+                archive.check_diff_id(new.row.diff_id, diff_id, layer.digest)
+            self._tell(short, "Pull complete")
+            return new
+        except BaseException:
             new.discard()
-            self._store.content.partial(layer.digest).spoil()
-            archive.check_diff_id(new.row.diff_id, diff_id, layer.digest)
-        self._tell(short, "Pull complete")
-        return new
+            raise
 
     def _download(self, layer: Descriptor, short: str) -> NewLayer:
-        with self._opened(layer, short) as (blob, source):
-            try:
-                return receive_layer(
-                    source,
-                    self._store.layer_form()[0],
-                    content=self._store.content,
-                    snapshots=self._store.snapshots,
-                    progress=_silent,
-                    blob=blob,
-                )
-            except Corrupt as error:
-                if not blob.path.exists():  # its digest is wrong, and the error says so
-                    raise
-                cause = error
-        with self._opened(layer, short) as (blob, source):  # it cannot be read: are these the bytes that were promised?
-            while data := source.read(_READ):
-                blob.write(data)
-            blob.spoil()
-        raise Corrupt(f"layer {short} of {self._repository.name}: {cause.message}", hint=cause.hint) from cause
+        try:
+            with self._opened(layer, short) as (blob, source):
+                resumed = blob.have > 0
+                return self._convert(layer, short, blob, source)
+        except Corrupt:
+            if not resumed:
+                raise
+        with self._opened(layer, short, afresh=True) as (blob, source):  # what was left of an earlier attempt was bad
+            return self._convert(layer, short, blob, source)
+
+    def _convert(self, layer: Descriptor, short: str, blob: Partial, source: _Checked) -> NewLayer:
+        try:
+            return receive_layer(
+                source,
+                self._store.layer_form()[0],
+                content=self._store.content,
+                snapshots=self._store.snapshots,
+                progress=_silent,
+                blob=blob,
+            )
+        except Corrupt as error:
+            if not blob.path.exists():  # its digest is wrong, and the error says so
+                raise
+            with self._opened(layer, short) as (again, whole):  # it cannot be read: are these the bytes that were promised?
+                while data := whole.read(_READ):
+                    again.write(data)
+                again.spoil()
+            raise Corrupt(f"layer {short} of {self._repository.name}: {error.message}", hint=error.hint) from error
 
     @contextmanager
-    def _opened(self, layer: Descriptor, short: str) -> Iterator[tuple[Partial, _Checked]]:
-        """What is there of a blob, and the whole of its bytes."""
+    def _opened(self, layer: Descriptor, short: str, *, afresh: bool = False) -> Iterator[tuple[Partial, _Checked]]:
+        """What is there of a blob, and the whole of its bytes. afresh: forget what is there."""
         blob = self._store.content.partial(layer.digest)
-        if blob.have > layer.size:
+        if afresh or blob.have > layer.size:
             blob.spoil()
             blob = self._store.content.partial(layer.digest)
         stream = BlobStream(

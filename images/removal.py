@@ -15,7 +15,7 @@ def remove(database: Database, image: Image, name: str, *, force: bool, in_use: 
     canonical = _as_name(database, image, name)
     everything = database.names(image.id)
     users = in_use(image.id)
-    if canonical is not None and (len(everything) > 1 or (users and force)):
+    if canonical is not None and (_others(canonical, everything) or (users and force)):
         return _untag(database, [canonical])
     if canonical is not None and users:
         raise Conflict(
@@ -41,6 +41,13 @@ def remove(database: Database, image: Image, name: str, *, force: bool, in_use: 
             )
         return _untag(database, everything)
     return remove_image(database, image)
+
+
+def _others(canonical: str, names: list[str]) -> bool:
+    """Whether something but `canonical` names the image: the digest of a pull goes with the last tag of its repository."""
+    own = reference.parse(canonical)
+    rest = [reference.parse(name) for name in names if name != canonical]
+    return any(not x.digest or x.repository != own.repository for x in rest) or bool(own.digest and rest)
 
 
 def remove_image(database: Database, image: Image) -> list[Removed]:

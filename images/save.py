@@ -28,23 +28,26 @@ def save(store: Store, names: Sequence[str], target: BinaryIO) -> None:
     if not names:
         raise InvalidRequest("no image is named", hint="ambi save -o FILE IMAGE...")
     wanted: dict[str, tuple[Image, list[reference.Reference]]] = {}
-    for name in names:
-        image = store.resolve(name)
+    for image, found in (pair for name in names for pair in _meant(store, name)):
         _, tags = wanted.setdefault(image.id, (image, []))
-        tags += [tag for tag in _tags(image, name) if tag not in tags]
+        tags += [tag for tag in found if tag not in tags]
     held = [diff_id for image, _ in wanted.values() for diff_id in image.layers]
     with store.hold(held), tarfile.open(fileobj=target, mode="w|", format=tarfile.PAX_FORMAT) as archive:
         _write(store, list(wanted.values()), archive)
 
 
-def _tags(image: Image, name: str) -> list[reference.Reference]:
-    """The names that the archive gives the image: the one asked for, all of a repository, none for an id."""
-    own = [reference.parse(tag) for tag in image.names]
-    digits = name.removeprefix("sha256:")
-    if image.id.removeprefix("sha256:").startswith(digits):
-        return []
-    asked = reference.parse(name)
-    return [tag for tag in own if (tag.domain, tag.path) == (asked.domain, asked.path) and tag.tag == (asked.tag or tag.tag)]
+def _meant(store: Store, name: str) -> list[tuple[Image, list[reference.Reference]]]:
+    """Images with the names that the archive gives them: the one asked for, all of a repository, none for an id."""
+    if ":" not in name.rpartition("/")[2] and "@" not in name:
+        repository = reference.parse(name).repository
+        of = [
+            (image, [x for x in map(reference.parse, image.names) if x.repository == repository]) for image in store.list()
+        ]
+        if found := [(image, tags) for image, tags in of if tags]:
+            return found
+    image = store.resolve(name)
+    asked = [tag for tag in map(reference.parse, image.names) if tag.familiar == name or tag.canonical == name]
+    return [(image, asked)]
 
 
 def _write(store: Store, images: Sequence[tuple[Image, list[reference.Reference]]], archive: tarfile.TarFile) -> None:

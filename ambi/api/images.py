@@ -11,6 +11,7 @@ from ambi.api import image_shapes as shapes
 from ambi.api.exchange import Call, Reply, json_reply
 from ambi.api.progress import ProgressStream
 from ambi.api.query import Filters, one_flag
+from ambi.api.registry import joined, pull
 from ambi.api.router import Route
 from ambi.core.errors import Conflict, InvalidRequest, NotFound, Unsupported
 
@@ -83,15 +84,12 @@ def inspect(call: Call) -> Reply:
 
 
 def create(call: Call) -> None:
-    """Import (`fromSrc=-`); pulling is not there yet."""
+    """Import (`fromSrc=-`) or pull (`fromImage`)."""
     query = call.query
     source = query.text("fromSrc")
     if not source:
-        wanted = query.text("fromImage").removeprefix("docker.io/").removeprefix("library/")
-        raise Unsupported(
-            f"cannot pull {wanted or 'an image'}: registries are not available yet",
-            hint="load or import an image: `ambi image load -i FILE`, `ambi image import FILE NAME`",
-        )
+        pull(call)
+        return
     if source != "-":
         raise Unsupported(f"cannot import from {source}: only an uploaded archive can be imported", hint="use - and stdin")
     if query.text("platform") not in _LOCAL_PLATFORMS:
@@ -99,7 +97,7 @@ def create(call: Call) -> None:
     with ProgressStream(call) as progress:
         image = call.engine.images.import_tar(
             _upload(call),
-            _full_name(query.text("repo"), query.text("tag")),
+            joined(query.text("repo"), query.text("tag")),
             changes=query.all("changes"),
             message=query.text("message"),
             progress=progress,
@@ -120,19 +118,12 @@ def _upload(call: Call) -> io.BufferedReader:
     return io.BufferedReader(call.request.body, _BUFFER_BYTES)
 
 
-def _full_name(repository: str, tag: str) -> str:
-    """`repo` and `tag` as one reference; a tag that is a digest is joined with @."""
-    if not tag or not repository:
-        return repository
-    return f"{repository}@{tag}" if ":" in tag else f"{repository}:{tag}"
-
-
 def tag(call: Call) -> Reply:
     repository = call.query.text("repo")
     if not repository:
         raise InvalidRequest("repo must be the new name of the image", hint="for example repo=team/app&tag=1.0")
     images = call.engine.images
-    images.tag(images.resolve(call.name), _full_name(repository, call.query.text("tag")))
+    images.tag(images.resolve(call.name), joined(repository, call.query.text("tag")))
     return Reply(201)
 
 
@@ -183,14 +174,8 @@ def history(call: Call) -> Reply:
     return json_reply(rows)
 
 
-def refuse_registry(call: Call) -> Reply:
-    raise Unsupported(
-        "registries are not available yet", hint="load or import an image: `ambi image load`, `ambi image import`"
-    )
-
-
-def refuse_save(call: Call) -> Reply:
-    raise Unsupported("saving images is not available yet", hint="keep the archive that the image was loaded from")
+def search(call: Call) -> Reply:
+    raise Unsupported("searching a registry is not supported", hint="look on the registry's own pages")
 
 
 ROUTES = (
@@ -198,12 +183,9 @@ ROUTES = (
     Route("POST", "/images/create", create),
     Route("POST", "/images/load", load),
     Route("POST", "/images/prune", prune),
-    Route("GET", "/images/search", refuse_registry),
-    Route("GET", "/images/get", refuse_save),
-    Route("GET", "/images/{}/get", refuse_save),
+    Route("GET", "/images/search", search),
     Route("GET", "/images/{}/json", inspect),
     Route("GET", "/images/{}/history", history),
     Route("POST", "/images/{}/tag", tag),
-    Route("POST", "/images/{}/push", refuse_registry),
     Route("DELETE", "/images/{}", remove),
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ambi.api import containers, events, images, logs, networks, ours, stats, streams, system
+from ambi.api import containers, events, images, logs, networks, ours, registry, stats, streams, system
 from ambi.api.router import Router
 
 ROUTER = Router(
@@ -12,6 +12,7 @@ ROUTER = Router(
     logs.ROUTES,
     stats.ROUTES,
     images.ROUTES,
+    registry.ROUTES,
     events.ROUTES,
     networks.ROUTES,
     ours.ROUTES,

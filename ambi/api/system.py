@@ -145,12 +145,6 @@ def no_swarm(call: Call) -> Reply:
     raise Unavailable("This node is not a swarm manager.", hint="ambi has no swarm mode")
 
 
-def no_login(call: Call) -> Reply:
-    raise Unsupported(
-        "registries are not available yet", hint="load or import an image: `ambi image load`, `ambi image import`"
-    )
-
-
 def no_build(call: Call) -> Reply:
     raise Unsupported("building is not available yet", hint="build elsewhere, then `docker save IMAGE | ambi image load`")
 
@@ -166,8 +160,6 @@ ROUTES = (
     Route("GET", "/version", version),
     Route("GET", "/info", info),
     Route("GET", "/system/df", disk_usage),
-    Route("POST", "/auth", no_login),
-    Route("GET", "/distribution/{}/json", no_login),
     Route("POST", "/build", no_build),
     Route("POST", "/build/prune", no_build),
     Route("GET", "/plugins", no_plugins),

@@ -57,6 +57,8 @@ _CREATE: list[Callable[[Any], Any]] = [
     option("--isolation", type=click.Choice(["container", "vm"]), help="What it runs in.  [default: container]"),
     option("--runtime", metavar="NAME", help="Docker's name for --isolation: `container` or `vm`."),
     option("--name", metavar="NAME", help="Name of the instance.  [default: a random one]"),
+    option("--pull", metavar="WHEN", help="Get the image first: always, missing or never.  [default: missing]"),
+    switch("-q", "--quiet", help="Do not tell of a pull."),
     switch("-i", "--interactive", help="Keep stdin open."),
     switch("-t", "--tty", help="Give the process a terminal."),
     many("-a", "--attach", metavar="STREAM", help="Attach to stdin, stdout or stderr only."),

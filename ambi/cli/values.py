@@ -58,3 +58,9 @@ def _lines(flag: str, path: str) -> Iterator[str]:
                 f"{path}:{number}: the name '{name}' is empty or has blanks in it", hint="a line is NAME=VALUE"
             )
         yield line
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """Repository and tag, "" without one; a port is no tag."""
+    repository, colon, tag = name.rpartition(":")
+    return (repository, tag) if colon and "/" not in tag else (name, "")

@@ -172,9 +172,13 @@ class Client:
             self._kept.close()
             self._kept = None
 
-    def stream(self, method: str, path: str, query: Query | None = None) -> Response:
-        """Send a request without a body and return when the head of its answer is there; errors are raised."""
+    def stream(self, method: str, path: str, query: Query | None = None, **fields: str) -> Response:
+        """Send a request without a body and return when the head of its answer is there; errors are raised.
+
+        fields: more of its header, `x_registry_auth="..."`.
+        """
         headers = [("Content-Length", "0")] if method == "POST" else []
+        headers += [(name.replace("_", "-"), value) for name, value in fields.items()]
         connection, response = self._apart(lambda it: it.send(method, _target(path, query), headers))
         self._streams.append(connection)
         return response

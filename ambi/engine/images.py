@@ -5,14 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, BinaryIO
 
-from ambi.core.errors import AmbiError
+from ambi.core.errors import AmbiError, NotFound
 from ambi.core.events import ProgressSink, ignore
 from ambi.engine.core import Core
 
 if TYPE_CHECKING:
+    from images.pull import Pulled
+    from images.push import Pushed
+    from images.registry.client import Document
+    from images.registry.settings import Credentials
     from images.store import HistoryStep, Image, Removed
 
 Ids = list[str]
+Names = list[str]
 
 
 class ImageService:
@@ -55,6 +60,56 @@ class ImageService:
         self._event("import", image.id, name)
         self._event("tag", image.id, _shown(image, name))
         return image
+
+    def to_pull(self, name: str, tag: str, credentials: Credentials) -> Names:
+        """What a pull of `name` and `tag` means: one image, or without any tag every one of the repository."""
+        from images import pull, reference
+
+        whole = f"{name}@{tag}" if ":" in tag else f"{name}:{tag}" if tag else name
+        wanted = reference.parse(whole)
+        if tag or wanted.digest or ":" in name.rpartition("/")[2]:
+            return [wanted.familiar]
+        return [f"{wanted.repository}:{found}" for found in pull.tags(wanted, credentials)]
+
+    def pull(self, name: str, credentials: Credentials, *, progress: ProgressSink = ignore) -> Pulled:
+        """`name`: a reference. Raises NotFound in Docker's words, Unavailable, Corrupt, ..."""
+        pulled = self._store.pull(name, credentials, progress=progress)
+        self._event("pull", name, name)
+        return pulled
+
+    def names_of(self, repository: str) -> Names:
+        """The names here of `repository`, for a push of all of them. Raises NotFound."""
+        from images import reference
+
+        wanted = reference.parse(repository)
+        prefix = f"{wanted.repository}:"
+        found = [name for image in self._store.list() for name in image.names if name.startswith(prefix)]
+        if not found:
+            raise NotFound(f"An image does not exist locally with the tag: {repository}", hint="`ambi image ls` lists them")
+        return sorted(found)
+
+    def push(self, name: str, credentials: Credentials, *, progress: ProgressSink = ignore) -> Pushed:
+        pushed = self._store.push(name, credentials, progress=progress)
+        self._event("push", name, name)
+        return pushed
+
+    def save(self, names: Sequence[str], target: BinaryIO) -> None:
+        """Raises NotFound before anything is written."""
+        self._store.save(names, target)
+        for name in names:
+            self._event("save", self._store.resolve(name).id, name)
+
+    def describe(self, name: str, credentials: Credentials) -> Document:
+        """The manifest or index that a registry has under `name`."""
+        from images import pull, reference
+
+        return pull.describe(reference.parse(name), credentials)
+
+    def log_in(self, domain: str, credentials: Credentials) -> None:
+        """Raises Forbidden when the registry does not take them."""
+        from images import pull
+
+        pull.log_in(domain, credentials)
 
     def tag(self, image: Image, name: str) -> None:
         self._store.tag(image, name)

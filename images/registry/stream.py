@@ -11,6 +11,7 @@ from ambi.core.errors import Corrupt, Unavailable
 from images.registry.client import Descriptor, Repository
 from images.registry.transport import Response, harmless
 
+PAUSE_S = 0.2  # before the second connection; doubles
 _FRUITLESS = 5  # connections in a row that bring nothing
 
 
@@ -65,7 +66,7 @@ class BlobStream:
             raise Unavailable(
                 self._about(f"cannot be got: {cause}"), hint="pull again: it goes on where it was cut"
             ) from error
-        time.sleep(0.2 * 2 ** (self._fruitless - 1))
+        time.sleep(PAUSE_S * 2 ** (self._fruitless - 1))
 
     def _about(self, text: str) -> str:
         return f"layer {self._wanted.digest[7:19]} of {self._repository.name} {text}"

@@ -23,6 +23,8 @@ from ambi.core.errors import AmbiError, Corrupt, Forbidden, InvalidRequest, NotF
 from images.registry import challenge
 from images.registry.settings import Credentials, Settings, certificates
 
+urllib3.disable_warnings(urllib3.exceptions.InsecureRequestWarning)  # whoever names a registry insecure has been told
+
 Response = urllib3.BaseHTTPResponse
 Body = Any  # bytes, or a file: urllib3 takes both
 

@@ -120,6 +120,7 @@ ANSWERS = {
     ("DELETE", "/containers/web"): (409, {"message": "cannot remove 'web': it is running"}),
     ("DELETE", "/containers/gone"): (404, {"message": "No such container: gone"}),
     ("POST", "/containers/create"): (404, {"message": "No such image: debain:bookworm"}),
+    ("POST", "/images/create"): (404, {"message": "pull access denied for debain"}),
     ("GET", "/containers/web/top"): (
         200,
         {"Titles": ["UID", "PID", "CMD"], "Processes": [["root", "1", "sh"], ["daemon", "23", "sleep 1"]]},

@@ -14,10 +14,12 @@ import click
 from ambi.cli import complete, flags, humanize
 from ambi.cli.app import App, DockerCommand, each, pass_app
 from ambi.cli.commands.inspect import show
+from ambi.cli.commands.registry import pull, push, save
 from ambi.cli.filters import filter_query
 from ambi.cli.names import image_names, looked_up, on
 from ambi.cli.progress import Bar, follow
 from ambi.cli.table import Columns
+from ambi.cli.values import split_name
 from ambi.client.client import path_of
 from ambi.core.errors import AmbiError, Corrupt, InvalidRequest, Unsupported, from_os_error
 
@@ -51,6 +53,10 @@ HISTORY = Columns(
 @click.group("image")
 def image() -> None:
     """Manage images."""
+
+
+for command in (pull, push, save):
+    image.add_command(command)
 
 
 @image.command("ls", cls=DockerCommand)
@@ -178,12 +184,6 @@ def _opened(file: str) -> Iterator[tuple[BinaryIO, int]]:
         raise from_os_error("cannot read the archive", error) from error
     with source:
         yield source, status.st_size if stat.S_ISREG(status.st_mode) else 0
-
-
-def split_name(name: str) -> tuple[str, str]:
-    """Repository and tag, "" without one; a port is no tag."""
-    repository, colon, tag = name.rpartition(":")
-    return (repository, tag) if colon and "/" not in tag else (name, "")
 
 
 @image.command("bootstrap", cls=DockerCommand)

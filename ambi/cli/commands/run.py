@@ -9,10 +9,10 @@ import click
 from ambi.cli import attached, flags
 from ambi.cli.app import App, DockerCommand, ExitWith, pass_app, waiting
 from ambi.cli.names import image_names, looked_up
-from ambi.cli.output import note, warn
+from ambi.cli.output import nearest, note, warn
 from ambi.cli.request import body_of, check_cidfile, write_cidfile
 from ambi.client.client import command_error, path_of
-from ambi.core.errors import AmbiError, NotFound
+from ambi.core.errors import AmbiError, InvalidRequest, NotFound
 
 _SETTINGS = {"allow_interspersed_args": False}
 
@@ -63,13 +63,49 @@ def _create(app: App, body: dict[str, Any], given: dict[str, Any]) -> str:
     if given["cidfile"]:
         check_cidfile(given["cidfile"])
     query = {"name": given["name"]} if given["name"] else {}
+    when = pull_policy(given["pull"])
+    if when == "always":
+        _pull(app, body["Image"], given["quiet"])
     with _image_hint(), looked_up(app, body["Image"], image_names):
-        created = app.client.post("/containers/create", query, body)
+        try:
+            created = app.client.post("/containers/create", query, body)
+        except NotFound as error:
+            if when != "missing" or "No such image" not in error.message:
+                raise
+            _pull_missing(app, body["Image"], given["quiet"])
+            created = app.client.post("/containers/create", query, body)
     for text in created.get("Warnings") or ():
         warn(text)
     if given["cidfile"]:
         write_cidfile(given["cidfile"], created["Id"])
     return str(created["Id"])
+
+
+def pull_policy(text: str | None) -> str:
+    """When an image is pulled before an instance is made of it."""
+    if (text or "missing") not in ("always", "missing", "never"):
+        raise InvalidRequest(f"--pull {text}: there is no such policy", hint="--pull always, missing or never")
+    return text or "missing"
+
+
+def _pull_missing(app: App, image: str, quiet: bool) -> None:
+    """When that fails, an image of a similar name that is here is what was meant, more often than not."""
+    note(f"Unable to find image '{image}' locally")
+    try:
+        _pull(app, image, quiet)
+    except AmbiError as error:
+        if near := nearest(image, image_names(app)):
+            error.hint = f"did you mean {near}?"
+        raise
+
+
+def _pull(app: App, image: str, quiet: bool) -> None:
+    """What is told of it goes to stderr: stdout is the command's."""
+    from ambi.cli.commands.registry import fetch
+
+    for text in fetch(app, image):
+        if not quiet:
+            click.echo(text, err=True)
 
 
 def _tell_of_emulation(app: App) -> None:

@@ -1,0 +1,451 @@
+"""Pull and push with Debian's registry, and with one that misbehaves."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from ambi.core.errors import AmbiError, Conflict, Corrupt, Forbidden, NotFound, Unavailable, Unsupported
+from images.registry.settings import Credentials
+from images.store import Image, Store
+from tests.layerkit import directory, member, tar_bytes
+from tests.registrykit import HTPASSWD, PASSWORD, USER, Answer, FaultyRegistry, basic, docker_registry
+
+GZIP = "application/vnd.oci.image.layer.v1.tar+gzip"
+ANN = Credentials(USER, PASSWORD)
+
+
+@pytest.fixture
+def store(short_tmp: Path) -> Iterator[Store]:
+    it = Store.open(short_tmp / "images")
+    yield it
+    it.close()
+
+
+@pytest.fixture
+def other(short_tmp: Path) -> Iterator[Store]:
+    it = Store.open(short_tmp / "other")
+    yield it
+    it.close()
+
+
+@pytest.fixture
+def registry() -> Iterator[FaultyRegistry]:
+    it = FaultyRegistry()
+    yield it
+    it.close()
+
+
+@pytest.fixture(autouse=True)
+def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("images.registry.stream.PAUSE_S", 0.01)
+
+
+def layer(seed: int, size: int = 300_000) -> tuple[bytes, str, str]:
+    """A gzip layer that does not compress: blob, media type, diff ID."""
+    body = hashlib.shake_128(str(seed).encode()).digest(size)
+    tar = tar_bytes(directory(f"d{seed}"), member(f"d{seed}/f", body))
+    return gzip.compress(tar, 1, mtime=0), GZIP, "sha256:" + hashlib.sha256(tar).hexdigest()
+
+
+def contents(store: Store) -> set[str]:
+    """All files of the store but its bookkeeping and what is kept for the next attempt."""
+    folders = ("blobs", "layers", "ingest")
+    return {str(p.relative_to(store.root)) for name in folders for p in (store.root / name).rglob("*") if p.is_file()}
+
+
+def imported(store: Store, name: str, text: str = "x") -> str:
+    return store.import_tar(io.BytesIO(tar_bytes(member("f", text.encode()))), name).id
+
+
+# Debian's registry
+
+
+def test_there_and_back(store: Store, other: Store, short_tmp: Path) -> None:
+    with docker_registry(short_tmp / "registry") as address:
+        image_id = imported(store, f"{address}/team/app:1")
+        pushed = store.push(f"{address}/team/app:1")
+        steps: list[str] = []
+        pulled = other.pull(f"{address}/team/app:1", progress=lambda step: steps.append(step.status))
+        assert (pulled.image.id, pulled.digest, pulled.new) == (image_id, pushed.digest, True)
+        assert pulled.image.names == (f"{address}/team/app:1",)
+        assert pulled.image.digests == (f"{address}/team/app@{pushed.digest}",)
+        assert steps[0] == "Pulling from team/app" and steps[-1] == "Pull complete"
+        assert other.pull(f"{address}/team/app:1").new is False
+        removed = other.remove(f"{address}/team/app:1", in_use=lambda _: [])
+        assert [x.name for x in removed if x.name] == [f"{address}/team/app:1", f"{address}/team/app@{pushed.digest}"]
+        assert other.list() == []
+        assert other.pull(f"{address}/team/app@{pushed.digest}").image.id == image_id
+        assert other.resolve(f"{address}/team/app@{pushed.digest}").id == image_id
+        told: list[str] = []
+        store.push(f"{address}/team/app:1", progress=lambda step: told.append(step.status))
+        assert "Layer already exists" in told and "Pushed" not in told
+        store.tag(store.resolve(image_id), f"{address}/other/app:2")
+        told.clear()
+        store.push(f"{address}/other/app:2", progress=lambda step: told.append(step.status))
+        assert "Mounted from team/app" in told
+        with pytest.raises(NotFound, match=r"manifest for .*/team/app:9 not found: manifest unknown"):
+            other.pull(f"{address}/team/app:9")
+        with pytest.raises(NotFound, match="An image does not exist locally with the tag"):
+            other.push(f"{address}/nothing/here:1")
+
+
+def test_log_in(store: Store, other: Store, short_tmp: Path) -> None:
+    with docker_registry(short_tmp / "registry", htpasswd=HTPASSWD) as address:
+        imported(store, f"{address}/app:1")
+        with pytest.raises(Forbidden, match="denied"):
+            store.push(f"{address}/app:1")
+        store.push(f"{address}/app:1", ANN)
+        with pytest.raises(
+            NotFound, match=r"pull access denied for .*, repository does not exist or may require 'docker login'"
+        ):
+            other.pull(f"{address}/app:1")
+        with pytest.raises(NotFound, match="pull access denied"):
+            other.pull(f"{address}/app:1", Credentials(USER, "wrong"))
+        assert other.pull(f"{address}/app:1", ANN).new
+
+
+@pytest.mark.filterwarnings("ignore::urllib3.exceptions.InsecureRequestWarning")
+def test_tls(store: Store, short_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loopback is used without a valid certificate, as Docker does; any other name is not."""
+    key, certificate = short_tmp / "key.pem", short_tmp / "cert.pem"
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2",
+         "-subj", "/CN=registry.test", "-addext", "subjectAltName=DNS:registry.test", "-keyout", key, "-out", certificate],
+        check=True, capture_output=True,
+    )  # fmt: skip
+    with docker_registry(short_tmp / "registry", tls=(certificate, key)) as address:
+        imported(store, f"{address}/app:1")
+        assert store.push(f"{address}/app:1").tag == "1"
+        port = address.rpartition(":")[2]
+        name = f"registry.test:{port}"
+        _resolve(monkeypatch, "registry.test")
+        with pytest.raises(Unavailable, match="certificate verify failed") as caught:
+            store.pull(f"{name}/app:1")
+        assert f"/etc/ambi/certs.d/{name}/ca.crt" in str(caught.value.hint)
+        folder = short_tmp / "certs.d" / name
+        folder.mkdir(parents=True)
+        (folder / "ca.crt").write_bytes(certificate.read_bytes())
+        monkeypatch.setattr("images.registry.settings._CERTIFICATES", (short_tmp / "certs.d",))
+        assert store.pull(f"{name}/app:1").image.names
+
+
+def _resolve(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """`name` is at 127.0.0.1: there is no name service in a test."""
+    import socket
+
+    original = socket.getaddrinfo
+
+    def look_up(host: str, *args: object, **more: object) -> object:
+        return original("127.0.0.1" if host == name else host, *args, **more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+
+
+def test_with_skopeo(store: Store, short_tmp: Path) -> None:
+    """What we push others read, what they push we read: Docker's and the OCI's types, gzip and zstd."""
+    with docker_registry(short_tmp / "registry") as address:
+        image_id = imported(store, f"{address}/ours:1")
+        store.push(f"{address}/ours:1")
+        for form, target in (("oci", "oci"), ("v2s2", "docker")):
+            copy = ["skopeo", "copy", "-q", "--src-tls-verify=false", "--dest-tls-verify=false", "--format", form]
+            done = subprocess.run(
+                [*copy, f"docker://{address}/ours:1", f"docker://{address}/{target}:1"],
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+            assert done.returncode == 0, done.stderr
+            assert store.pull(f"{address}/{target}:1").image.layers == store.resolve(image_id).layers
+
+
+# A registry that misbehaves
+
+
+def test_index(store: Store, registry: FaultyRegistry) -> None:
+    """The manifest of this platform is chosen; attestations and other platforms are passed over."""
+    right = registry.add_image([layer(1)], "amd64")
+    arm = registry.add_image([layer(2)], "arm", architecture="arm64")
+    unknown = registry.add_image([layer(3)], "note")
+    index = {
+        "schemaVersion": 2,
+        "mediaType": "application/vnd.oci.image.index.v1+json",
+        "manifests": [
+            {**registry.add_manifest(arm, "arm"), "platform": {"os": "linux", "architecture": "arm64"}},
+            {**registry.add_manifest(unknown, "note"), "platform": {"os": "linux", "architecture": "amd64"},
+             "annotations": {"vnd.docker.reference.type": "attestation-manifest"}},
+            {**registry.add_manifest(right, "amd64"), "platform": {"os": "linux", "architecture": "amd64"}},
+        ],
+    }  # fmt: skip
+    top = registry.add_manifest(index, "1")
+    pulled = store.pull(f"{registry.address}/app:1")
+    assert pulled.image.layers == (layer(1)[2],) and pulled.digest == top["digest"]
+    index["manifests"] = index["manifests"][:2]
+    registry.add_manifest(index, "2")
+    with pytest.raises(NotFound, match="no matching manifest for linux/amd64") as caught:
+        store.pull(f"{registry.address}/app:2")
+    assert "linux/arm64" in str(caught.value.hint)
+    with pytest.raises(Unsupported, match="is for linux/arm64"):
+        store.pull(f"{registry.address}/app:arm")
+
+
+def test_cut_connections_go_on(store: Store, registry: FaultyRegistry) -> None:
+    manifest = registry.add_image([layer(1), layer(2)])
+    path = f"/v2/app/blobs/{manifest['layers'][0]['digest']}"
+    registry.cut = {path: [1000, 70_000, 0]}
+    assert store.pull(f"{registry.address}/app:1").image.layers == (layer(1)[2], layer(2)[2])
+    starts = [headers.get("range") for _, asked, headers in registry.asked if asked == path]
+    assert starts == [None, "bytes=1000-", "bytes=71000-", "bytes=71000-"]
+
+
+def test_cut_connections_without_ranges(store: Store, registry: FaultyRegistry) -> None:
+    registry.ranges = False
+    manifest = registry.add_image([layer(1)])
+    registry.cut = {f"/v2/app/blobs/{manifest['layers'][0]['digest']}": [100_000]}
+    assert store.pull(f"{registry.address}/app:1").new
+
+
+def test_a_pull_that_failed_goes_on_later(store: Store, registry: FaultyRegistry) -> None:
+    manifest = registry.add_image([layer(1), layer(2)])
+    bad = f"/v2/app/blobs/{manifest['layers'][1]['digest']}"
+    before = contents(store)
+    registry.cut = {bad: [50_000] + [0] * 10}
+    with pytest.raises(Unavailable, match="cannot be got") as caught:
+        store.pull(f"{registry.address}/app:1")
+    assert "goes on where it was cut" in str(caught.value.hint)
+    assert contents(store) == before
+    registry.cut = {}
+    registry.asked.clear()
+    store.pull(f"{registry.address}/app:1")
+    ranges = {path: headers.get("range") for _, path, headers in registry.asked}
+    assert ranges[bad] == "bytes=50000-"
+    assert not list((store.root / "partial").iterdir())
+
+
+FAULTS: dict[str, tuple[int | None, dict[str, str], bytes | None, type[AmbiError], str]] = {
+    "wrong bytes": (200, {}, b"x" * len(layer(2)[0]), Corrupt, "is damaged"),
+    "too long": (200, {}, b"x" * 400_000, Corrupt, "is damaged"),
+    "not there": (404, {}, b'{"errors":[{"code":"BLOB_UNKNOWN","message":"gone"}]}', NotFound, "gone"),
+    "forbidden": (403, {}, b"no \x1b[31mway", Forbidden, r"no \[31mway"),
+    "no redirect to a file": (302, {"Location": "file:///etc/passwd"}, b"", Forbidden, "not safe"),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_faults_leave_nothing(store: Store, registry: FaultyRegistry, name: str) -> None:
+    """An error names the layer and says why; the store is as before; the next pull works."""
+    status, fields, body, kind, text = FAULTS[name]
+    manifest = registry.add_image([layer(1), layer(2)])
+    path = f"/v2/app/blobs/{manifest['layers'][1]['digest']}"
+    registry.fault = lambda method, asked, headers: (status or 200, fields, body or b"") if asked == path else None
+    before = contents(store)
+    with pytest.raises(kind, match=text):
+        store.pull(f"{registry.address}/app:1")
+    assert contents(store) == before and store.list() == []
+    registry.fault = lambda *_: None
+    assert store.pull(f"{registry.address}/app:1").new
+
+
+def test_manifests_that_lie(store: Store, registry: FaultyRegistry) -> None:
+    blob, kind, diff_id = layer(1)
+    address = registry.address
+    registry.add_image([(blob, kind, layer(2)[2])], "diff")
+    registry.add_image([(blob, "application/json", diff_id)], "type")
+    registry.add_image([], "none")
+    manifest = registry.add_image([(blob, kind, diff_id)], "size")
+    manifest["layers"][0]["size"] += 1
+    registry.add_manifest(manifest, "size")
+    manifest["layers"][0]["digest"] = "sha256:../../etc/passwd"
+    registry.add_manifest(manifest, "digest")
+    registry.manifests["text"] = ("application/vnd.oci.image.manifest.v1+json", b"[" * 100_000)
+    registry.manifests["one"] = ("application/vnd.docker.distribution.manifest.v1+prettyjws", b'{"schemaVersion":1}')
+    registry.manifests["big"] = ("application/vnd.oci.image.manifest.v1+json", b" " * (5 << 20))
+    cases: dict[str, tuple[type[AmbiError], str]] = {
+        "diff": (Corrupt, "its content has the digest"),
+        "type": (Unsupported, "not a file system"),
+        "none": (Unsupported, "no layers"),
+        "size": (Unavailable, "cannot be got"),
+        "digest": (Corrupt, "sha256 digest"),
+        "text": (Corrupt, "is not JSON"),
+        "one": (Unsupported, "schema 1"),
+        "big": (Corrupt, "larger than"),
+    }
+    before = contents(store)
+    for tag, (error, text) in cases.items():
+        with pytest.raises(error, match=text):
+            store.pull(f"{address}/app:{tag}")
+        assert contents(store) == before, tag
+    registry.fault = lambda method, path, headers: (
+        200,
+        {"Docker-Content-Digest": "sha256:" + "0" * 64},
+        b'{"schemaVersion":2}',
+    )
+    with pytest.raises(Corrupt, match="its digest is"):
+        store.pull(f"{address}/app:1")
+
+
+def test_busy_registries_are_asked_again(store: Store, registry: FaultyRegistry) -> None:
+    registry.add_image([layer(1)])
+    answers: list[Answer] = [(429, {"Retry-After": "0"}, b""), (503, {"Retry-After": "0"}, b"")]
+    registry.fault = lambda *_: answers.pop(0) if answers else None
+    assert store.pull(f"{registry.address}/app:1").new
+    registry.fault = lambda *_: (429, {"Retry-After": "0"}, b'{"errors":[{"code":"TOOMANYREQUESTS","message":"slow down"}]}')
+    with pytest.raises(Unavailable, match="slow down"):
+        store.pull(f"{registry.address}/app:1")
+
+
+def test_tokens(store: Store, registry: FaultyRegistry) -> None:
+    """A token is asked for with the scope; one that expires in mid-pull is asked for again; it goes to no other host."""
+    manifest = registry.add_image([layer(1)])
+    elsewhere = FaultyRegistry()
+    elsewhere.blobs = registry.blobs
+    digest = manifest["layers"][0]["digest"]
+    issued: list[str] = []
+
+    def fault(method: str, path: str, headers: dict[str, str]) -> Answer | None:
+        if path.startswith("/token"):
+            assert headers["authorization"] == basic(USER, PASSWORD)
+            assert "service=here" in path and "scope=repository%3Aapp%3Apull" in path
+            issued.append(f"token-{len(issued)}")
+            return 200, {}, json.dumps({"token": issued[-1], "expires_in": 60}).encode()
+        expired = path.endswith(digest) and len(issued) == 1
+        if headers.get("authorization") != f"Bearer {issued[-1] if issued else ''}" or expired:
+            realm = f'Bearer realm="http://{registry.address}/token",service="here",scope="ignored"'
+            return 401, {"WWW-Authenticate": realm}, b""
+        if path.endswith(digest):
+            return 307, {"Location": f"http://{elsewhere.address}/v2/app/blobs/{digest}"}, b""
+        return None
+
+    registry.fault = fault
+    try:
+        assert store.pull(f"{registry.address}/app:1", ANN).new
+        assert issued == ["token-0", "token-1"]
+        assert len(elsewhere.asked) == 1 and "authorization" not in elsewhere.asked[0][2]
+    finally:
+        elsewhere.close()
+
+
+def test_one_download_for_many_pulls(store: Store, registry: FaultyRegistry) -> None:
+    manifest = registry.add_image([layer(1), layer(2)])
+    results: list[str] = []
+    threads = [
+        threading.Thread(target=lambda: results.append(store.pull(f"{registry.address}/app:1").image.id)) for _ in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(results) == 4 and len(set(results)) == 1
+    blobs = [path for _, path, _ in registry.asked if "/blobs/" in path]
+    assert sorted(blobs) == sorted({f"/v2/app/blobs/{x['digest']}" for x in (manifest["config"], *manifest["layers"])})
+
+
+def test_mirrors(store: Store, registry: FaultyRegistry, short_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    registry.add_image([layer(1)])
+    settings = short_tmp / "registries.json"
+    settings.write_text(json.dumps({"mirrors": {"docker.io": [f"http://{registry.address}"]}}))
+    monkeypatch.setenv("AMBI_REGISTRIES", str(settings))
+    pulled = store.pull("some/app:1", Credentials("ann", "secret"))
+    assert pulled.image.names == ("some/app:1",)
+    assert not any("authorization" in headers for _, _, headers in registry.asked)
+
+
+KILLED = """
+import sys
+from pathlib import Path
+from images.store import Image, Store
+store = Store.open(Path(sys.argv[1]))
+print("ready", flush=True)
+store.pull(sys.argv[2])
+print("done", flush=True)
+"""
+
+
+def test_killed_pulls_are_resumed(registry: FaultyRegistry, short_tmp: Path) -> None:
+    """Killed again and again at different moments: never a half image, and in the end the same store as without it."""
+    registry.add_image([layer(n, 2 << 20) for n in range(4)])
+    name = f"{registry.address}/app:1"
+    with_pauses = Store.open(short_tmp / "whole")
+    wanted = with_pauses.pull(name)
+    expected = contents(with_pauses)
+    with_pauses.close()
+    root = short_tmp / "killed"
+    for attempt in range(12):
+        process = subprocess.Popen([sys.executable, "-c", KILLED, str(root), name], stdout=subprocess.PIPE, text=True)
+        assert process.stdout is not None and process.stdout.readline() == "ready\n"
+        time.sleep(0.02 + attempt * 0.04)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        process.stdout.close()
+    store = _opened(root)
+    try:
+        for image in store.list():
+            assert image.id == wanted.image.id
+        store.pull(name)
+        assert contents(store) == expected
+        for path in (store.root / "blobs" / "sha256").iterdir():
+            assert hashlib.sha256(path.read_bytes()).hexdigest() == path.name
+    finally:
+        store.close()
+    assert not [pid for pid in os.listdir("/proc") if pid.isdigit() and _works_on(pid, root)]
+
+
+def _opened(root: Path) -> Store:
+    """Workers of a killed store end on their own, and hold its lock until then."""
+    end = time.monotonic() + 10
+    while True:
+        try:
+            return Store.open(root)
+        except Conflict:
+            assert time.monotonic() < end
+            time.sleep(0.1)
+
+
+def _works_on(pid: str, root: Path) -> bool:
+    try:
+        return str(root).encode() in Path("/proc", pid, "cmdline").read_bytes()
+    except OSError:
+        return False
+
+
+# Archives
+
+
+def loaded_into(store: Store, path: Path) -> list[Image]:
+    with open(path, "rb") as source:
+        return store.load(source)
+
+
+def test_saved_archives_load(store: Store, other: Store, short_tmp: Path) -> None:
+    first, second = imported(store, "team/app:1", "a"), imported(store, "team/app:2", "b")
+    imported(store, "lonely:1", "c")
+    path = short_tmp / "saved.tar"
+    with open(path, "wb") as target:
+        store.save(["team/app", first, "lonely:1"], target)
+    loaded = loaded_into(other, path)
+    assert {image.id for image in loaded} >= {first} and other.resolve("lonely:1").manifest == store.resolve(
+        "lonely:1"
+    ).manifest
+    with open(path, "wb") as target:
+        store.save(["team/app:1", "team/app:2"], target)
+    assert [image.names for image in loaded_into(other, path)] == [("team/app:1",), ("team/app:2",)]
+    assert other.resolve("team/app:2").id == second
+    for kind, name in (("docker-archive", "docker.io/team/app:1"), ("oci-archive", "1")):
+        wanted = f"{kind}:{path}:{name}"
+        done = subprocess.run(["skopeo", "inspect", "--config", wanted], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout)["rootfs"]["diff_ids"] == list(store.resolve(first).layers)
+    with pytest.raises(NotFound):
+        store.save(["nothing:here"], io.BytesIO())
