@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
+import logging
+import socket
+import threading
 from collections.abc import Collection, Iterable, Sequence
 
-from ambi.core.errors import Unsupported
+from ambi.core.errors import AmbiError, InvalidRequest, NotFound
+from ambi.core.undo import Undo
+from ambi.network import children, links, namespaces, rtnl, rules, sysctl
+from ambi.network.links import link_of as link_of
 from ambi.network.model import Network, Nic, Port
 
-
-def link_of(network: Network, tag: str) -> str:
-    """Name of the bridge of `network`, at most 15 characters: what the option `com.docker.network.bridge.name` says, else
-    `ambi0` (`ambi0-TAG`) for the default network and `ambi-` with ten digits of the id for others."""
-    chosen = network.options.get("com.docker.network.bridge.name")
-    if chosen:
-        return chosen
-    if network.builtin:
-        return f"ambi0-{tag}" if tag else "ambi0"
-    return f"ambi-{network.id[:10]}"
+log = logging.getLogger(__name__)
 
 
 class NetworkHost:
@@ -27,52 +24,193 @@ class NetworkHost:
 
     def __init__(self, tag: str = "") -> None:
         self.tag = tag
+        self._rules = rules.Rules(tag)
+        self._lock = threading.RLock()  # over bridges; veths need none
+        self._ready: dict[str, tuple[Network, str, int]] = {}  # network id -> as it was made, link, index
+        self._socket: rtnl.Rtnl | None = None
 
     def warm_up(self) -> None:
         """Load what the first call would have to load (0.2 s); never needed, raises nothing."""
+        try:
+            with links.opened("look at links"):
+                self._netlink()
+        except AmbiError as error:
+            log.warning("%s", error)
 
     def ensure(self, network: Network) -> None:
-        """Bridge, its addresses, sysctls and rules are there afterwards; heals what somebody took away. Nothing to do for
-        `host` and `null`. Raises Unsupported, Conflict (the link's name is another's), Forbidden."""
-        raise Unsupported("networks are not there yet")
+        """Link, its addresses, sysctls and rules are there afterwards; heals what somebody took away. Nothing to do for
+        `host` and `null`. Raises Unsupported, Conflict (the link's name is another's), Forbidden, InvalidRequest."""
+        if network.driver in ("host", "null"):
+            return
+        ready = self._ready.get(network.id)
+        if ready and ready[0] == network and _index(ready[1]) == ready[2]:
+            return
+        with self._lock:
+            if network.driver == "bridge":
+                name, index = self._ensure_bridge(network)
+            else:
+                name, index = children.ensure_parent(network, self.tag)
+            self._ready[network.id] = (network, name, index)
+
+    def _ensure_bridge(self, network: Network) -> tuple[str, int]:
+        name = link_of(network, self.tag)
+        if not network.internal:
+            sysctl.forward_ipv4()
+        if any(":" in pool.subnet for pool in network.pools):
+            sysctl.forward_ipv6()
+        self._rules.network(network.id, rules.of_network(network, name))  # before there is a link that needs them
+        with links.opened(f"make network '{network.name}'") as route:
+            index = links.ensure_bridge(route, network, self.tag)
+            links.adopt_ports(route, network.id, self.tag, index)
+        return name, index
 
     def remove(self, network: Network) -> None:
         """Take the links and rules of `network` away; what is not there is no error."""
+        with self._lock:
+            self._ready.pop(network.id, None)
+            if network.driver in ("host", "null"):
+                return
+            with links.opened(f"remove network '{network.name}'") as route:
+                if network.driver == "bridge":
+                    links.remove(route, link_of(network, self.tag), network, self.tag)
+                else:
+                    links.remove(route, children.parent_of(network), network, self.tag)
+            if network.driver == "bridge":
+                self._rules.forget_network(network.id)
 
     def new_namespace(self) -> int:
         """A descriptor (CLOEXEC) of a fresh network namespace in which `lo` is up. The caller closes it."""
-        raise Unsupported("networks are not there yet")
+        return namespaces.new()
 
     def plug(self, netns_fd: int, network: Network, nic: Nic) -> None:
         """Make `nic` in the namespace and join it to `network`, with addresses and routes; it is up and forwards at once.
 
-        `nic.addresses[].gateway` is where the default route goes if `nic.default_route`. Undone when it fails.
+        `nic.addresses[].gateway` is where the default route goes if `nic.default_route`; an internal network has none.
+        Undone when it fails. Raises Conflict (the namespace has such a NIC or address), NotFound (no link of the network).
         """
-        raise Unsupported("networks are not there yet")
+        what = f"join network '{network.name}' as {nic.name}"
+        self.ensure(network)
+        ready = self._ready.get(network.id)
+        if ready is None:
+            raise InvalidRequest(f"cannot {what}: its driver is '{network.driver}'")
+        index = ready[2]
+        try:
+            if network.driver == "bridge":
+                self._netlink().request(self._veth(nic, index, netns_fd))
+            else:
+                self._netlink().request(children.new_link(network, nic, index, netns_fd))
+        except OSError as error:
+            if network.driver == "bridge":
+                raise links.netlink_error(what, error) from error
+            raise children.error(what, network, error) from error
+        with Undo() as undo:
+            undo.add(f"remove {nic.name}", lambda: self.unplug(netns_fd, nic))
+            try:
+                if nic.host_link:
+                    self._netlink().request(self._port(network, nic))
+                namespaces.inside(netns_fd, lambda: _configure(network, nic))
+            except OSError as error:
+                raise links.netlink_error(what, error) from error
+            undo.keep()
+
+    @staticmethod
+    def _veth(nic: Nic, bridge: int, netns_fd: int) -> rtnl.Message:
+        name, peer = links.checked_name(nic.host_link), links.checked_name(nic.name)
+        return rtnl.new_veth(name, master=bridge, mtu=nic.mtu, peer=peer, peer_mac=nic.mac, peer_netns=netns_fd)
+
+    def _port(self, network: Network, nic: Nic) -> rtnl.Message:
+        # A packet that is diverted back to where it came from is bridged, not routed, where bridges obey the IP rules.
+        return rtnl.set_port(
+            nic.host_link,
+            alias=links.alias_of(network.id, self.tag),
+            hairpin=sysctl.bridge_filter(),
+            isolated=network.options.get("com.docker.network.bridge.enable_icc", "true") == "false",
+        )
 
     def unplug(self, netns_fd: int, nic: Nic) -> None:
         """Take `nic` away; one that is not there is no error."""
 
+        def away() -> None:
+            with rtnl.Rtnl() as inner:
+                inner.request(rtnl.delete_link(nic.name))
+
+        try:
+            if nic.host_link:
+                self._netlink().request(rtnl.delete_link(nic.host_link))
+            else:
+                namespaces.inside(netns_fd, away)
+        except OSError as error:
+            found = links.netlink_error(f"remove {nic.name}", error)
+            if not isinstance(found, NotFound):
+                raise found from error
+
     def publish(self, key: str, ports: Sequence[Port]) -> None:
         """Divert what arrives for `ports` (host_port chosen) to their targets, in addition to what `key` has published."""
-        raise Unsupported("networks are not there yet")
+        self._rules.publish(key, ports)
 
     def unpublish(self, key: str) -> None:
-        """Forget every port of `key`; one without is no error. Connections that go on are cut, as Docker does."""
+        """Forget every port of `key`; one without is no error."""
+        self._rules.unpublish(key)
 
     def counters(self, nic: Nic) -> dict[str, int]:
-        """rx_bytes, rx_packets, rx_errors, rx_dropped, tx_... as the instance sees them; {} when it has no such NIC."""
-        return {}
+        """rx_bytes, rx_packets, rx_errors, rx_dropped, tx_... as the instance sees them; {} if the host has no end of it."""
+        if not nic.host_link:
+            return {}
+        try:
+            seen = self._netlink().counters(nic.host_link)
+        except OSError:
+            return {}
+        other = {"rx": "tx", "tx": "rx"}  # what the host's end sends the instance receives
+        return {f"{other[name[:2]]}{name[2:]}": value for name, value in seen.items()}
 
     def routes(self) -> list[str]:
         """Subnets that this host has routes to, IPv4 and IPv6, without default routes: for `ipam.choose`."""
-        return []
+        with links.opened("list routes") as route:
+            return links.routes(route)
 
     def sweep(self, networks: Iterable[Network], keys: Collection[str]) -> None:
         """Drop links, rules and published ports of ours that none of `networks` and no instance of `keys` needs.
 
-        A veth whose inner end is in a living namespace stays: the instance that has it runs.
+        A veth whose network stays is left alone: it goes with the namespace of its other end.
         """
+        keep = {network.id for network in networks}
+        with self._lock:
+            self._ready = {name: value for name, value in self._ready.items() if name in keep}
+            with links.opened("sweep links") as route:
+                links.remove_all_but(route, keep, self.tag)
+            self._rules.keep_only(keep, keys)
 
     def close_down(self) -> None:
         """Take away everything of ours: bridges, table, rules in foreign firewalls. Sysctls stay."""
+        with self._lock:
+            self._ready.clear()
+            with links.opened("remove links") as route:
+                links.remove_all_but(route, set(), self.tag)
+            self._rules.close_down()
+
+    def _netlink(self) -> rtnl.Rtnl:
+        with self._lock:
+            if self._socket is None:
+                self._socket = rtnl.Rtnl()
+            return self._socket
+
+
+def _index(name: str) -> int:
+    """Index of a link, 0 when there is none."""
+    try:
+        return socket.if_nametoindex(name)
+    except OSError:
+        return 0
+
+
+def _configure(network: Network, nic: Nic) -> None:
+    """Run inside the namespace. Raises OSError."""
+    sysctl.prepare_link(nic.name, ipv6=any(address.family == 6 for address in nic.addresses))
+    index = socket.if_nametoindex(nic.name)
+    messages = [rtnl.set_up(index)]
+    messages += [rtnl.new_address(index, address.address, address.prefix) for address in nic.addresses]
+    if nic.default_route and not network.internal:
+        gateways = children.default_routes(network, nic)
+        messages += [rtnl.new_default_route(index, gateway) for gateway in gateways]
+    with rtnl.Rtnl() as inner:
+        inner.request(*messages)
