@@ -2,7 +2,7 @@
 
 On cgroup version 1 a process enters a cgroup by migration alone, and the first migration after some idle time sleeps for a
 grace period of the kernel, 6 to 15 ms: more than all else together. So the shim forks a *starter* when it has no job yet.
-It makes fresh cgroups (`park-PID` in the group of all containers), joins them, unshares a network namespace, and waits.
+It makes fresh cgroups (`park-PID` in the group of all containers), joins them, and waits.
 With the job the shim renames the cgroups to their final name, which only version 1 can, and writes the limits; the starter
 clones init with CLONE_PARENT, so init is the shim's child and is born in the cgroups, and ends.
 
@@ -18,7 +18,7 @@ from typing import NoReturn
 
 from ambi.core.deadline import Deadline
 from ambi.core.errors import AmbiError
-from ambi.linux import memfd, net, process
+from ambi.linux import memfd, process
 from runtime import init, spawn
 from runtime.cgroups.hierarchies import Hierarchies
 from runtime.cgroups.v1 import V1Group
@@ -128,9 +128,6 @@ def _live(group: V1Group, channel: spawn.Channel, doing: list[str]) -> None:
     for directory in group.joins:
         with open(f"{directory}/cgroup.procs", "wb", buffering=0) as file:
             file.write(b"0")
-    outside = os.open("/proc/self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
-    process.unshare(process.CLONE_NEWNET)
-    net.loopback_up()
     channel.send("parked")
     message, fds = channel.receive(Deadline.never(), "the job")
     if message is None:
@@ -138,15 +135,11 @@ def _live(group: V1Group, channel: spawn.Channel, doing: list[str]) -> None:
     text, *rest = fds
     job = init.Job(*marshal.loads(os.pread(text, 1 << 26, 0)))
     stdio, joined = rest[: message[1]], rest[message[1] :]
-    _clone(job, init.Descriptors(channel, stdio, joined), outside, doing)
+    _clone(job, init.Descriptors(channel, stdio, joined), doing)
 
 
-def _clone(job: init.Job, given: init.Descriptors, outside: int, doing: list[str]) -> None:
-    """Make init; its network namespace is the prepared one, or `outside` when the job does not want a fresh one."""
+def _clone(job: init.Job, given: init.Descriptors, doing: list[str]) -> None:
     doing.append("clone the process")
-    if "network" not in job.fresh:
-        process.setns(outside, process.CLONE_NEWNET)
-    job = job._replace(fresh=[kind for kind in job.fresh if kind != "network"])
     child = spawn.clone(init.clone_flags(job) | process.CLONE_PARENT, lambda: init.run(job, given))
     given.channel.send("pid", child.pid)
     os._exit(0)
