@@ -55,9 +55,10 @@ class NetworkHost:
     def _ensure_bridge(self, network: Network) -> tuple[str, int]:
         name = link_of(network, self.tag)
         if not network.internal:
-            sysctl.forward_ipv4()
-        if any(":" in pool.subnet for pool in network.pools):
-            sysctl.forward_ipv6()
+            if any("." in pool.subnet for pool in network.pools):
+                sysctl.forward_ipv4()
+            if any(":" in pool.subnet for pool in network.pools):
+                sysctl.forward_ipv6()
         self._rules.network(network.id, rules.of_network(network, name))  # before there is a link that needs them
         with links.opened(f"make network '{network.name}'") as route:
             index = links.ensure_bridge(route, network, self.tag)
@@ -187,6 +188,15 @@ class NetworkHost:
             with links.opened("remove links") as route:
                 links.remove_all_but(route, set(), self.tag)
             self._rules.close_down()
+
+    def close(self) -> None:
+        """Let go of the kernel; what is in it stays in force. The next call opens it again."""
+        with self._lock:
+            self._ready.clear()
+            if self._socket is not None:
+                self._socket.close()
+                self._socket = None
+            self._rules.close()
 
     def _netlink(self) -> rtnl.Rtnl:
         with self._lock:

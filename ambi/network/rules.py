@@ -33,6 +33,8 @@ _SETS = {
     "open6": "type ifname",
     "ping4": "type ifname",  # routed: instances answer pings
     "ping6": "type ifname",
+    "home4": "type ipv4_addr . ifname; flags interval",  # subnet and its bridge
+    "home6": "type ipv6_addr . ifname; flags interval",
     "nat4": "type ipv4_addr; flags interval",
     "nat6": "type ipv6_addr; flags interval",
     "published4": "type ipv4_addr . inet_proto . inet_service",
@@ -65,7 +67,8 @@ chain output {
 }
 chain postrouting {
     type nat hook postrouting priority srcnat; policy accept;
-    ct status dnat iifname . oifname @same masquerade
+    ct status dnat ip saddr . oifname @home4 masquerade
+    ct status dnat ip6 saddr . oifname @home6 masquerade
     oifname @bridges return
     snat ip to ip saddr map @source4
     ip saddr @nat4 masquerade
@@ -113,6 +116,8 @@ def of_network(network: Network, link: str) -> list[Element]:
     """What the table has for a bridge network whose bridge is `link`."""
     name = f'"{link}"'
     found = [Element("bridges", name), Element("same", f"{name} . {name}")]
+    families = {pool.subnet: ipaddress.ip_network(pool.subnet).version for pool in network.pools}
+    found += [Element(f"home{family}", f"{subnet} . {name}") for subnet, family in families.items()]
     if network.internal:
         return [*found, Element("internal", name)]
     masquerade = network.options.get("com.docker.network.bridge.enable_ip_masquerade", "true") != "false"
@@ -125,9 +130,8 @@ def of_network(network: Network, link: str) -> list[Element]:
         if mode == "routed" or not masquerade:
             continue
         source = network.options.get("com.docker.network.host_ipv4", "") if family == 4 else ""
-        for pool in network.pools:
-            if ipaddress.ip_network(pool.subnet).version == family:
-                found.append(Element("source4", pool.subnet, source) if source else Element(f"nat{family}", pool.subnet))
+        for subnet in (subnet for subnet, version in families.items() if version == family):
+            found.append(Element("source4", subnet, source) if source else Element(f"nat{family}", subnet))
     return found
 
 
@@ -213,6 +217,14 @@ class Rules:
                 return False
             self._rebuild()
             return True
+
+    def close(self) -> None:
+        """Forget everything here; the kernel keeps it."""
+        with self._lock:
+            self._networks, self._ports, self._there, self._shape = {}, {}, {}, b""
+            if self._nft is not None:
+                self._nft.close()
+                self._nft = None
 
     def close_down(self) -> None:
         """Remove the table. The next call makes it again."""
@@ -323,8 +335,9 @@ def _elements(rows: Iterable[dict[str, Any]]) -> Iterable[Element]:
             word = _word(key)
             if not word or ("map" in row and not value):
                 continue  # not ours: the next rebuilding leaves it out
-            if found["type"] in ("ifname", ["ifname", "ifname"]):
-                word = " . ".join(f'"{name}"' for name in word.split(" . "))
+            kinds = [found["type"]] if isinstance(found["type"], str) else found["type"]
+            parts = zip(kinds, word.split(" . "), strict=False)
+            word = " . ".join(f'"{part}"' if kind == "ifname" else part for kind, part in parts)
             yield Element(found["name"], word, value, owner)
 
 
