@@ -19,8 +19,9 @@ class Dockerd:
     with Dockerd() as peer: peer.docker("run", ...)
     """
 
-    def __init__(self) -> None:
-        self.base = Path(tempfile.mkdtemp(prefix="peer-", dir="/tmp"))
+    def __init__(self, base: Path | None = None) -> None:
+        """base: an empty directory for all that is the daemon's, on a file system of the caller's choice."""
+        self.base = base or Path(tempfile.mkdtemp(prefix="peer-", dir="/tmp"))
         self.socket = self.base / "docker.sock"
         self.process: subprocess.Popen[bytes] | None = None
 

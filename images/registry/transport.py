@@ -149,13 +149,14 @@ class Transport:
     def _once(self, method: str, target: str, scope: str, headers: Mapping[str, str], body: Body) -> Response:
         """One attempt: along redirects, and over http where a registry without TLS is allowed."""
         while True:
-            url = target if "://" in target else self._bases[0] + target
+            bases = self._bases
+            url = target if "://" in target else bases[0] + target
             try:
                 return self._follow(method, url, scope, headers, body)
             except HTTPError:
-                if len(self._bases) == 1 or not url.startswith(self._bases[0]):
+                if not url.startswith(bases[0]) or len(bases) == 1:
                     raise
-                self._bases = self._bases[1:]  # it does not speak TLS
+                self._bases = bases[1:]  # it does not speak TLS; another thread may have found out as well
                 if hasattr(body, "seek"):
                     body.seek(0)
 
