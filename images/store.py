@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from images.pull import Pulled
     from images.push import Pushed
     from images.registry.settings import Credentials
+    from images.verify import Finding
 
 __all__ = ["HistoryStep", "Image", "Removed", "Store"]
 
@@ -257,6 +258,12 @@ class Store:
         from images import save
 
         save.save(self, names, target)
+
+    def verify(self, *, repair: bool = False, progress: ProgressSink = ignore) -> Sequence[Finding]:
+        """What of the store is damaged; see `images.verify`."""
+        from images import verify
+
+        return verify.verify(self, repair=repair, progress=progress)
 
     def image_layers(self, image: Image) -> Sequence[LayerRow]:
         """What is known of its layers, the lowest first."""

@@ -4,6 +4,7 @@ GET  /ambi/engine                                   {version, pid, zygote_pid, s
 POST /ambi/engine/stop                              204; the engine ends, instances run on
 GET  /ambi/doctor                                   [{name, status: ok|warning|problem, detail, hint}]
 POST /ambi/images/bootstrap?suite=&name=&packages=  progress; the last line is {"status": image id}
+POST /ambi/images/verify?repair=                    progress, and {"finding": {kind, name, problem, images, repaired, hint}}
 """
 
 from __future__ import annotations
@@ -60,9 +61,17 @@ def bootstrap(call: Call) -> None:
         progress.line({"status": image.id})
 
 
+def verify(call: Call) -> None:
+    with ProgressStream(call) as progress:
+        progress.line({"status": "Checking"})
+        for finding in call.engine.images.verify(repair=call.query.flag("repair"), progress=progress):
+            progress.line({"finding": finding._asdict()})
+
+
 ROUTES = (
     Route("GET", "/ambi/engine", engine),
     Route("POST", "/ambi/engine/stop", stop_engine),
     Route("GET", "/ambi/doctor", doctor),
     Route("POST", "/ambi/images/bootstrap", bootstrap),
+    Route("POST", "/ambi/images/verify", verify),
 )

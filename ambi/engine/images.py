@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from images.registry.client import Document
     from images.registry.settings import Credentials
     from images.store import HistoryStep, Image, Removed
+    from images.verify import Finding
 
 Ids = list[str]
 Names = list[str]
@@ -104,6 +105,9 @@ class ImageService:
         from images import pull, reference
 
         return pull.describe(reference.parse(name), credentials)
+
+    def verify(self, *, repair: bool, progress: ProgressSink = ignore) -> Sequence[Finding]:
+        return self._store.verify(repair=repair, progress=progress)
 
     def log_in(self, domain: str, credentials: Credentials) -> None:
         """Raises Forbidden when the registry does not take them."""

@@ -12,11 +12,12 @@ from typing import Any, BinaryIO
 import click
 
 from ambi.cli import complete, flags, humanize
-from ambi.cli.app import App, DockerCommand, each, pass_app
+from ambi.cli.app import App, DockerCommand, ExitWith, each, pass_app
 from ambi.cli.commands.inspect import show
 from ambi.cli.commands.registry import pull, push, save
 from ambi.cli.filters import filter_query
 from ambi.cli.names import image_names, looked_up, on
+from ambi.cli.output import one_line
 from ambi.cli.progress import Bar, follow
 from ambi.cli.table import Columns
 from ambi.cli.values import split_name
@@ -254,6 +255,27 @@ def prune(app: App, everything: bool, filters: tuple[str, ...], force: bool) -> 
     if removed:
         click.echo("".join(["Deleted Images:\n", *removed]))
     click.echo(f"Total reclaimed space: {humanize.size(found.get('SpaceReclaimed') or 0, digits=4)}")
+
+
+@image.command("verify", cls=DockerCommand)
+@flags.switch("--repair", help="Make damaged layers again, and get damaged blobs again from their registry.")
+@pass_app
+def verify(app: App, repair: bool) -> None:
+    """Check every blob and every layer of the store, byte by byte.
+
+    The exit status is 1 when something is damaged and stays so.
+    """
+    damaged = 0
+    with Bar() as bar:
+        found = list(follow(app.client.stream("POST", "/ambi/images/verify", {"repair": "1"} if repair else None), bar))
+    for it in (entry["finding"] for entry in found):
+        click.echo(one_line(f"{it['kind']} {it['name']}: {it['problem']} (needed by {', '.join(it['images'])})"))
+        damaged += not it["repaired"]
+        click.echo(one_line(f"  {it['repaired'] or 'hint: ' + it['hint']}"))
+    if not found:
+        click.echo("everything is as it should be")
+    if damaged:
+        raise ExitWith(1)
 
 
 @image.command("inspect", cls=DockerCommand)
