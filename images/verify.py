@@ -1,6 +1,6 @@
 """The scrub: whether every blob has its digest and every layer is what its blob says, and the repair of what is not.
 
-A layer is a pure function of its archive, so it is checked by making it once more and comparing. Repair makes a damaged layer
+A layer is a pure function of its archive, so it is checked by making it once more and comparing. Repair makes a bad layer
 again from its blob, and gets a damaged blob again from a registry that an image's digest names.
 """
 
