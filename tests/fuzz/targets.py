@@ -78,7 +78,8 @@ _GOOD_CONFIG = json.dumps({
 
 def _tars() -> list[bytes]:
     members = (
-        directory("d"), member("d/f", b"x" * 600), symlink("l", "d/f"), hard_link("h", "d/f"), member("n" * 60 + "/" + "m" * 90, b"y"),
+        directory("d"), member("d/f", b"x" * 600), symlink("l", "d/f"), hard_link("h", "d/f"),
+        member("n" * 60 + "/" + "m" * 90, b"y"),
         member("p", b"z", pax={"SCHILY.xattr.user.a": "b", "mtime": "1.5"}),
     )  # fmt: skip
     return [tar_bytes(*members, format=form) for form in (0, 1, 2)]
