@@ -17,7 +17,11 @@ class Dockerd:
     """Debian's dockerd with a private data root, exec root, socket and containerd; no bridge, no firewall rules.
 
     with Dockerd() as peer: peer.docker("run", ...)
+
+    Set `options` before it is entered for a bridge and rules; it is in the namespaces of the thread that enters.
     """
+
+    options: tuple[str, ...] = ("--iptables=false", "--ip6tables=false", "--bridge=none")
 
     def __init__(self, base: Path | None = None) -> None:
         """base: an empty directory for all that is the daemon's, on a file system of the caller's choice."""
@@ -29,7 +33,7 @@ class Dockerd:
         program = shutil.which("dockerd", path=os.environ["PATH"] + ":/usr/sbin:/usr/local/sbin")
         assert program, "dockerd is missing (Debian package docker.io)"
         argv = [program, "--data-root", self.base / "data", "--exec-root", self.base / "exec", "-H", f"unix://{self.socket}"]
-        argv += ["-p", self.base / "pid", "--iptables=false", "--ip6tables=false", "--bridge=none"]
+        argv += ["-p", self.base / "pid", *self.options]
         with open(self.base / "log", "wb") as log:
             self.process = subprocess.Popen(argv, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True)
         end = time.monotonic() + 60

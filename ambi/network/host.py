@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterable, Sequence
 
 from ambi.core.errors import AmbiError, InvalidRequest, NotFound
 from ambi.core.undo import Undo
-from ambi.network import children, links, namespaces, rtnl, rules, sysctl
+from ambi.network import children, firewall, links, namespaces, rtnl, rules, sysctl, watch
 from ambi.network.links import link_of as link_of
 from ambi.network.model import Network, Nic, Port
 
@@ -28,6 +28,9 @@ class NetworkHost:
         self._lock = threading.RLock()  # over bridges; veths need none
         self._ready: dict[str, tuple[Network, str, int]] = {}  # network id -> as it was made, link, index
         self._socket: rtnl.Rtnl | None = None
+        self._socket_lock = threading.Lock()
+        self._firewall = firewall.Firewall()
+        self._watch: watch.Watch | None = None
 
     def warm_up(self) -> None:
         """Load what the first call would have to load (0.2 s); never needed, raises nothing."""
@@ -51,6 +54,8 @@ class NetworkHost:
             else:
                 name, index = children.ensure_parent(network, self.tag)
             self._ready[network.id] = (network, name, index)
+            if network.driver == "bridge":
+                self._pass_firewalls()
 
     def _ensure_bridge(self, network: Network) -> tuple[str, int]:
         name = link_of(network, self.tag)
@@ -64,6 +69,23 @@ class NetworkHost:
             index = links.ensure_bridge(route, network, self.tag)
             links.adopt_ports(route, network.id, self.tag, index)
         return name, index
+
+    def _pass_firewalls(self) -> None:
+        if self._watch is None:
+            self._watch = watch.Watch(self._rules_changed, self._firewall.polled)
+        self._rules.others(firewall.other_bridges())
+        self._firewall.apply(name for net, name, _ in self._ready.values() if net.driver == "bridge" and name[:4] != "ambi")
+
+    def _rules_changed(self) -> None:
+        """Called by the watch: somebody has changed rules of this host, perhaps ours."""
+        try:
+            with self._lock:
+                if self._rules.heal():
+                    log.warning("the table %s was changed by somebody else and has been made again", self._rules.table)
+                if self._ready:
+                    self._pass_firewalls()
+        except AmbiError as error:
+            log.warning("%s", error)
 
     def remove(self, network: Network) -> None:
         """Take the links and rules of `network` away; what is not there is no error."""
@@ -183,23 +205,30 @@ class NetworkHost:
 
     def close_down(self) -> None:
         """Take away everything of ours: bridges, table, rules in foreign firewalls. Sysctls stay."""
+        self.close()
         with self._lock:
-            self._ready.clear()
             with links.opened("remove links") as route:
                 links.remove_all_but(route, set(), self.tag)
             self._rules.close_down()
+            if not self._rules.another():
+                self._firewall.remove()
 
     def close(self) -> None:
         """Let go of the kernel; what is in it stays in force. The next call opens it again."""
         with self._lock:
             self._ready.clear()
+            ended, self._watch = self._watch, None
+        if ended is not None:
+            ended.close()  # without the lock, which its thread may wait for
+        with self._socket_lock:
             if self._socket is not None:
                 self._socket.close()
                 self._socket = None
-            self._rules.close()
+        self._firewall.close()
+        self._rules.close()
 
     def _netlink(self) -> rtnl.Rtnl:
-        with self._lock:
+        with self._socket_lock:
             if self._socket is None:
                 self._socket = rtnl.Rtnl()
             return self._socket

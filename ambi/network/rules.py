@@ -29,6 +29,7 @@ _SETS = {
     "bridges": "type ifname",
     "same": "type ifname . ifname",  # (BRIDGE, BRIDGE): nft cannot compare two names
     "internal": "type ifname",
+    "others": "type ifname",  # bridges of other engines, whose instances are theirs to publish
     "open4": "type ifname",  # every port may be reached directly
     "open6": "type ifname",
     "ping4": "type ifname",  # routed: instances answer pings
@@ -92,6 +93,7 @@ chain forward {
     ct state established,related accept
     iifname @internal drop
     oifname @internal drop
+    oifname @others ct status != dnat drop
     oifname @bridges goto inward
 }
 """
@@ -175,6 +177,10 @@ class Rules:
                 self._networks[network_id] = elements
                 self._settle(before)
 
+    def others(self, links: Iterable[str]) -> None:
+        """What `links` (bridges of other engines) lead to is reached by published ports only."""
+        self.network("", [Element("others", f'"{link}"') for link in links])
+
     def forget_network(self, network_id: str) -> None:
         with self._lock:
             self._open()
@@ -206,7 +212,7 @@ class Rules:
         """Forget every other network and instance, and what the kernel has for nobody that is known."""
         with self._lock:
             self._open()
-            self._networks = {name: value for name, value in self._networks.items() if name in networks}
+            self._networks = {name: value for name, value in self._networks.items() if name in networks or not name}
             self._ports = {name: value for name, value in self._ports.items() if name in keys}
             self._settle(list(self._there.values()))
 
@@ -237,6 +243,15 @@ class Rules:
                 pass
             finally:
                 nft.close()
+
+    def another(self) -> bool:
+        """Whether this host has the table of another run root of ours."""
+        nft = Nftables()
+        try:
+            tables = [row["table"]["name"] for row in nft.query("list tables inet") if "table" in row]
+        finally:
+            nft.close()
+        return any(re.fullmatch("ambi(-.*)?", name) and name != self.table for name in tables)
 
     # what follows is called with the lock held
 
