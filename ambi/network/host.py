@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterable, Sequence
 
 from ambi.core.errors import AmbiError, InvalidRequest, NotFound
 from ambi.core.undo import Undo
-from ambi.network import children, firewall, links, namespaces, rtnl, rules, sysctl, watch
+from ambi.network import announce, children, conntrack, firewall, ipam, links, namespaces, rtnl, rules, sysctl, watch
 from ambi.network.links import link_of as link_of
 from ambi.network.model import Network, Nic, Port
 
@@ -170,10 +170,11 @@ class NetworkHost:
     def publish(self, key: str, ports: Sequence[Port]) -> None:
         """Divert what arrives for `ports` (host_port chosen) to their targets, in addition to what `key` has published."""
         self._rules.publish(key, ports)
+        conntrack.forget_udp(port.host_port for port in ports if port.protocol == "udp")
 
     def unpublish(self, key: str) -> None:
         """Forget every port of `key`; one without is no error."""
-        self._rules.unpublish(key)
+        conntrack.forget_udp(self._rules.unpublish(key))
 
     def counters(self, nic: Nic) -> dict[str, int]:
         """rx_bytes, rx_packets, rx_errors, rx_dropped, tx_... as the instance sees them; {} if the host has no end of it."""
@@ -253,3 +254,6 @@ def _configure(network: Network, nic: Nic) -> None:
         messages += [rtnl.new_default_route(index, gateway) for gateway in gateways]
     with rtnl.Rtnl() as inner:
         inner.request(*messages)
+    texts = [address.address for address in nic.addresses]
+    if network.driver != "ipvlan" and nic.mac.lower() != ipam.mac(texts):  # one that follows from the address never changes
+        announce.announce(nic.name, nic.mac, texts)

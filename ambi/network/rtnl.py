@@ -62,20 +62,20 @@ class Message(NamedTuple):
     body: bytes
 
 
-def _attribute(kind: int, payload: bytes) -> bytes:
+def attribute(kind: int, payload: bytes) -> bytes:
     return _RTATTR.pack(_RTATTR.size + len(payload), kind) + payload + bytes(-len(payload) % 4)
 
 
-def _nested(kind: int, *attributes: bytes) -> bytes:
-    return _attribute(kind | _NLA_F_NESTED, b"".join(attributes))
+def nested(kind: int, *attributes: bytes) -> bytes:
+    return attribute(kind | _NLA_F_NESTED, b"".join(attributes))
 
 
 def _text(kind: int, value: str) -> bytes:
-    return _attribute(kind, value.encode() + b"\0")
+    return attribute(kind, value.encode() + b"\0")
 
 
 def _number(kind: int, value: int) -> bytes:
-    return _attribute(kind, struct.pack("=I", value))
+    return attribute(kind, struct.pack("=I", value))
 
 
 def _link(index: int, attributes: bytes, *, up: bool = False, family: int = 0) -> bytes:
@@ -88,12 +88,12 @@ def new_veth(name: str, *, master: int, mtu: int, peer: str, peer_mac: str, peer
 
     The peer is down: the kernel opens it before both ends know each other, and fails (ENOTCONN).
     """
-    inner = _text(_IFLA_IFNAME, peer) + _attribute(_IFLA_ADDRESS, bytes.fromhex(peer_mac.replace(":", "")))
+    inner = _text(_IFLA_IFNAME, peer) + attribute(_IFLA_ADDRESS, bytes.fromhex(peer_mac.replace(":", "")))
     inner += _number(_IFLA_MTU, mtu) + _number(_IFLA_NET_NS_FD, peer_netns)
-    info = _nested(
+    info = nested(
         _IFLA_LINKINFO,
         _text(_IFLA_INFO_KIND, "veth"),
-        _nested(_IFLA_INFO_DATA, _attribute(_VETH_INFO_PEER, _link(0, inner))),
+        nested(_IFLA_INFO_DATA, attribute(_VETH_INFO_PEER, _link(0, inner))),
     )
     outer = _text(_IFLA_IFNAME, name) + _number(_IFLA_MTU, mtu) + _number(_IFLA_MASTER, master)
     return Message(_RTM_NEWLINK, _NLM_F_CREATE | _NLM_F_EXCL, _link(0, outer + info, up=True))
@@ -101,20 +101,20 @@ def new_veth(name: str, *, master: int, mtu: int, peer: str, peer_mac: str, peer
 
 def new_macvlan(name: str, *, parent: int, mode: str, mac: str, mtu: int, netns: int) -> Message:
     """A macvlan link of `parent` (an index in the socket's namespace) in the namespace `netns`; mode of MACVLAN_MODES."""
-    data = _nested(_IFLA_INFO_DATA, _number(_IFLA_MACVLAN_MODE, MACVLAN_MODES[mode]))
-    address = _attribute(_IFLA_ADDRESS, bytes.fromhex(mac.replace(":", "")))
+    data = nested(_IFLA_INFO_DATA, _number(_IFLA_MACVLAN_MODE, MACVLAN_MODES[mode]))
+    address = attribute(_IFLA_ADDRESS, bytes.fromhex(mac.replace(":", "")))
     return _new_child(name, "macvlan", data, address, parent, mtu, netns)
 
 
 def new_ipvlan(name: str, *, parent: int, mode: str, flag: str, mtu: int, netns: int) -> Message:
     """The same as ipvlan, which has its parent's MAC; mode of IPVLAN_MODES, flag of IPVLAN_FLAGS."""
     words = ((_IFLA_IPVLAN_MODE, IPVLAN_MODES[mode]), (_IFLA_IPVLAN_FLAGS, IPVLAN_FLAGS[flag]))
-    data = _nested(_IFLA_INFO_DATA, *(_attribute(kind, struct.pack("=H", value)) for kind, value in words))
+    data = nested(_IFLA_INFO_DATA, *(attribute(kind, struct.pack("=H", value)) for kind, value in words))
     return _new_child(name, "ipvlan", data, b"", parent, mtu, netns)
 
 
 def _new_child(name: str, kind: str, data: bytes, address: bytes, parent: int, mtu: int, netns: int) -> Message:
-    info = _nested(_IFLA_LINKINFO, _text(_IFLA_INFO_KIND, kind), data)
+    info = nested(_IFLA_LINKINFO, _text(_IFLA_INFO_KIND, kind), data)
     where = _number(_IFLA_LINK, parent) + _number(_IFLA_NET_NS_FD, netns)
     body = _text(_IFLA_IFNAME, name) + address + _number(_IFLA_MTU, mtu) + where + info
     return Message(_RTM_NEWLINK, _NLM_F_CREATE | _NLM_F_EXCL, _link(0, body))
@@ -122,9 +122,9 @@ def _new_child(name: str, kind: str, data: bytes, address: bytes, parent: int, m
 
 def set_port(name: str, *, alias: str, hairpin: bool, isolated: bool) -> Message:
     """The alias of link `name`, and how it is a port of its bridge."""
-    data = _attribute(_IFLA_BRPORT_MODE, bytes([hairpin])) + _attribute(_IFLA_BRPORT_ISOLATED, bytes([isolated]))
-    slave = _nested(_IFLA_LINKINFO, _text(_IFLA_INFO_SLAVE_KIND, "bridge"), _nested(_IFLA_INFO_SLAVE_DATA, data))
-    alias_value = _attribute(_IFLA_IFALIAS, alias.encode())
+    data = attribute(_IFLA_BRPORT_MODE, bytes([hairpin])) + attribute(_IFLA_BRPORT_ISOLATED, bytes([isolated]))
+    slave = nested(_IFLA_LINKINFO, _text(_IFLA_INFO_SLAVE_KIND, "bridge"), nested(_IFLA_INFO_SLAVE_DATA, data))
+    alias_value = attribute(_IFLA_IFALIAS, alias.encode())
     return Message(_RTM_NEWLINK, 0, _link(0, _text(_IFLA_IFNAME, name) + alias_value + slave))
 
 
@@ -144,10 +144,10 @@ def new_address(index: int, address: str, prefix: int) -> Message:
     """An address of link `index`, usable at once: no duplicate address detection."""
     ip = ipaddress.ip_address(address)
     family = socket.AF_INET if ip.version == 4 else socket.AF_INET6
-    attributes = _attribute(_IFA_LOCAL, ip.packed) + _attribute(_IFA_ADDRESS, ip.packed)
+    attributes = attribute(_IFA_LOCAL, ip.packed) + attribute(_IFA_ADDRESS, ip.packed)
     if ip.version == 4 and prefix < 31:
         net = ipaddress.ip_network((ip, prefix), strict=False)
-        attributes += _attribute(_IFA_BROADCAST, net.broadcast_address.packed)
+        attributes += attribute(_IFA_BROADCAST, net.broadcast_address.packed)
     flags = _IFA_F_NODAD if ip.version == 6 else 0
     head = _IFADDRMSG.pack(family, prefix, flags, RT_SCOPE_UNIVERSE, index)
     return Message(_RTM_NEWADDR, _NLM_F_CREATE | _NLM_F_EXCL, head + attributes)
@@ -159,7 +159,7 @@ def new_default_route(index: int, gateway: str) -> Message:
     family = socket.AF_INET if ip.version == 4 else socket.AF_INET6
     scope = RT_SCOPE_LINK if ip.is_unspecified and ip.version == 4 else RT_SCOPE_UNIVERSE
     head = _RTMSG.pack(family, 0, 0, 0, _RT_TABLE_MAIN, _RTPROT_BOOT, scope, _RTN_UNICAST, 0)
-    target = b"" if ip.is_unspecified else _attribute(_RTA_GATEWAY, ip.packed)
+    target = b"" if ip.is_unspecified else attribute(_RTA_GATEWAY, ip.packed)
     return Message(_RTM_NEWROUTE, _NLM_F_CREATE | _NLM_F_EXCL, head + target + _number(_RTA_OIF, index))
 
 
@@ -168,8 +168,8 @@ class Rtnl:
 
     __slots__ = ("_lock", "_sequence", "_socket")
 
-    def __init__(self) -> None:
-        self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, socket.NETLINK_ROUTE)
+    def __init__(self, protocol: int = socket.NETLINK_ROUTE) -> None:
+        self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, protocol)
         self._socket.setsockopt(_SOL_NETLINK, _NETLINK_CAP_ACK, 1)
         self._socket.setsockopt(_SOL_NETLINK, _NETLINK_EXT_ACK, 1)
         self._socket.bind((0, 0))

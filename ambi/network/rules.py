@@ -203,10 +203,13 @@ class Rules:
                 self._ports[key] = before
                 raise
 
-    def unpublish(self, key: str) -> None:
+    def unpublish(self, key: str) -> list[int]:
+        """The UDP ports of the host that it had."""
         with self._lock:
             self._open()
-            self._settle(self._ports.pop(key, []))
+            gone = self._ports.pop(key, [])
+            self._settle(gone)
+        return [int(e.key.rpartition(" ")[2]) for e in gone if e.owner and "udp" in e.key]
 
     def keep_only(self, networks: Collection[str], keys: Collection[str]) -> None:
         """Forget every other network and instance, and what the kernel has for nobody that is known."""

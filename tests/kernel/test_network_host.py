@@ -90,6 +90,33 @@ def test_published_ports(lab: Lab, bridge_filter: str) -> None:
     assert lab.outside.dead(HOST4, 8080) and lab.outside.dead(HOST4, 8081) and lab.outside.dead(server.ip4, 80)
 
 
+def test_a_udp_client_follows_the_port(lab: Lab) -> None:
+    """A client that never falls silent reaches the instance that has the port now, not the one that had it."""
+    one = network("10.1.0.0/24", "fd01::/64", name="one")
+    places = [lab.instance(one), lab.instance(one)]
+    servers = [place.listen(53, kind=UDP) for place in places]
+    for at, family in ((HOST4, socket.AF_INET), (HOST6, socket.AF_INET6)):
+        with lab.outside.do(socket.socket, family, UDP) as client:
+            for place, server in zip(places, servers, strict=True):
+                lab.host.net.publish("key", [Port("udp", "", 5353, 53, (place.ip4, place.ip6))])
+                client.sendto(b"?", (at, 5353))
+                assert server.recv(9) == b"?"
+                lab.host.net.unpublish("key")
+
+
+def test_an_address_with_another_mac_is_found_at_once(lab: Lab) -> None:
+    one = network("10.1.0.0/24", "fd01::/64", name="one")
+    mate, before, after = lab.instance(one), lab.instance(one), lab.instance()
+    server = before.listen(80)
+    for address in (before.ip4, before.ip6):
+        assert mate.reach(server, address, 80) and lab.host.reach(server, address, 80)
+    lab.host.net.unplug(before.fd, before.nic)
+    lab.host.net.plug(after.fd, one, before.nic._replace(mac="02:00:00:00:00:07"))
+    server = after.listen(80)
+    for address in (before.ip4, before.ip6):
+        assert mate.reach(server, address, 80, 0.5) and lab.host.reach(server, address, 80, 0.5)
+
+
 def test_options_of_a_bridge(lab: Lab) -> None:
     """Internal, no ICC, no masquerading, routed IPv6, an MTU and a name of the user's."""
     inner = network("10.3.0.0/24", name="inner", internal=True)
