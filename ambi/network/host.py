@@ -167,6 +167,20 @@ class NetworkHost:
             if not isinstance(found, NotFound):
                 raise found from error
 
+    def route_by(self, netns_fd: int, network: Network, nic: Nic) -> None:
+        """Have the default routes of the namespace go by `nic`, which is there; for one that had no other."""
+
+        def add() -> None:
+            index = socket.if_nametoindex(nic.name)
+            with rtnl.Rtnl() as inner:
+                for gateway in children.default_routes(network, nic):
+                    inner.request(rtnl.new_default_route(index, gateway))
+
+        try:
+            namespaces.inside(netns_fd, add)
+        except OSError as error:
+            raise links.netlink_error(f"make the default route by {nic.name}", error) from error
+
     def publish(self, key: str, ports: Sequence[Port]) -> None:
         """Divert what arrives for `ports` (host_port chosen) to their targets, in addition to what `key` has published."""
         self._rules.publish(key, ports)
