@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+from ambi.network import namespaces
 from ambi.shim.client import ZygoteClient
 
 ROOT = Path(__file__).parents[1]
@@ -33,13 +34,23 @@ def guest_dir() -> Path:
 
 
 class EngineUnderTest:
-    """An engine process with roots below `base`, and the clients that talk to it."""
+    """An engine process with roots below `base`, and the clients that talk to it.
+
+    It runs in a network namespace of its own, so whatever it does to links and rules is done to nobody else's. `netns` is a
+    descriptor of it.
+    """
 
     def __init__(self, base: Path, **environment: str) -> None:
         self.base = base
         self.data, self.run, self.socket = base / "data", base / "run", base / "run" / "ambi.sock"
         self.environment = {**os.environ, **environment}
         self.process: subprocess.Popen[bytes] | None = None
+        self.netns = namespaces.new()
+
+    @property
+    def entering(self) -> list[str]:
+        """What before a command line has it run in this engine's network namespace; it stays the same process."""
+        return ["nsenter", f"--net=/proc/{os.getpid()}/fd/{self.netns}", "--"]
 
     @property
     def argv(self) -> list[str]:
@@ -53,7 +64,12 @@ class EngineUnderTest:
             (self.data / "guest").symlink_to(guest_dir())
         with open(self.base / "engine.out", "ab") as output:
             self.process = subprocess.Popen(
-                self.argv, stdout=output, stderr=output, stdin=subprocess.DEVNULL, env=self.environment, cwd=ROOT
+                [*self.entering, *self.argv],
+                stdout=output,
+                stderr=output,
+                stdin=subprocess.DEVNULL,
+                env=self.environment,
+                cwd=ROOT,
             )
         self.wait_ready()
 
@@ -128,7 +144,8 @@ class EngineUnderTest:
     def ambi(self, *args: str, **options: object) -> subprocess.CompletedProcess[bytes]:
         """Run our own CLI against this engine."""
         roots = {"AMBI_SOCKET": str(self.socket), "AMBI_DATA_ROOT": str(self.data), "AMBI_RUN_ROOT": str(self.run)}
-        return self._client([str(AMBI), *args], roots, options)
+        starts = self.entering if self.pid is None else []  # an engine that it starts is to be in there too
+        return self._client([*starts, str(AMBI), *args], roots, options)
 
     def _client(
         self, argv: list[str], extra: dict[str, str], options: dict[str, object]
@@ -161,6 +178,9 @@ class EngineUnderTest:
         for pid in self._leftover():
             os.kill(pid, signal.SIGKILL)
         shutil.rmtree(self.base, ignore_errors=True)
+        if self.netns >= 0:
+            os.close(self.netns)
+            self.netns = -1
 
     def _leftover(self) -> list[int]:
         """Pids of processes whose command line or environment names these roots (the zygote outlives its engine)."""

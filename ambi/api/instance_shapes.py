@@ -9,18 +9,12 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from ambi.api.networks import network_id
+from ambi.api import network_shapes
 from ambi.api.words import rfc3339_nano
 from ambi.core.model import Status
 from ambi.core.words import human_duration
 from ambi.engine.types import Instance
 from ambi.shim import record
-
-_ENDPOINT: dict[str, Any] = {
-    "IPAMConfig": None, "Links": None, "Aliases": None, "MacAddress": "", "NetworkID": "", "EndpointID": "", "Gateway": "",
-    "IPAddress": "", "IPPrefixLen": 0, "IPv6Gateway": "", "GlobalIPv6Address": "", "GlobalIPv6PrefixLen": 0,
-    "DriverOpts": None, "DNSNames": None,
-}  # fmt: skip
 
 _CONFIG: dict[str, Any] = {
     "Hostname": "", "Domainname": "", "User": "", "AttachStdin": False, "AttachStdout": False, "AttachStderr": False,
@@ -63,13 +57,13 @@ def summary(instance: Instance) -> dict[str, Any]:
         "ImageID": instance.image_id,
         "Command": command_line(instance.argv),
         "Created": instance.created_ns // 1_000_000_000,
-        "Ports": [],
+        "Ports": network_shapes.port_list(instance),
         "Labels": config.get("Labels") or {},
         "State": instance.state.status.value,
         "Status": status_text(instance),
         "Isolation": instance.isolation.value,  # ours; Docker's clients ignore it
         "HostConfig": {"NetworkMode": instance.spec.host.get("NetworkMode") or "default"},
-        "NetworkSettings": {"Networks": _networks(instance)},
+        "NetworkSettings": {"Networks": network_shapes.endpoints(instance, names=False)},
         "Mounts": mounts(instance),
     }
 
@@ -128,7 +122,7 @@ def inspect(instance: Instance, version: tuple[int, int]) -> dict[str, Any]:
         "GraphDriver": {"Name": "ambi", "Data": {"UpperDir": str(instance.data_dir / "upper")}},
         "Mounts": mounts(instance),
         "Config": config(instance),
-        "NetworkSettings": _network_settings(instance),
+        "NetworkSettings": network_shapes.settings(instance),
         "Ambi": _ours(instance),
     }
 
@@ -204,32 +198,4 @@ def _mount_point(kind: str, source: str, target: str, mode: str) -> dict[str, An
         "Mode": mode,
         "RW": "ro" not in options,
         "Propagation": spread[0] if spread else "rprivate" if kind == "bind" else "",
-    }
-
-
-def _networks(instance: Instance) -> dict[str, Any]:
-    mode = "host" if instance.spec.host.get("NetworkMode") == "host" else "none"
-    return {mode: {**_ENDPOINT, "NetworkID": network_id(mode)}}
-
-
-def _network_settings(instance: Instance) -> dict[str, Any]:
-    return {
-        "Bridge": "",
-        "SandboxID": "",
-        "SandboxKey": "",
-        "Ports": {},
-        "HairpinMode": False,
-        "LinkLocalIPv6Address": "",
-        "LinkLocalIPv6PrefixLen": 0,
-        "SecondaryIPAddresses": None,
-        "SecondaryIPv6Addresses": None,
-        "EndpointID": "",
-        "Gateway": "",
-        "GlobalIPv6Address": "",
-        "GlobalIPv6PrefixLen": 0,
-        "IPAddress": "",
-        "IPPrefixLen": 0,
-        "IPv6Gateway": "",
-        "MacAddress": "",
-        "Networks": _networks(instance),
     }

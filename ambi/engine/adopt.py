@@ -36,12 +36,14 @@ def restore(core: Core) -> None:
     """Bring the records in, then the shims. An instance that cannot be restored is reported and left alone."""
     _restore_records(core)
     _restore_execs(core)
+    core.networks.restore()
     for record in core.registry:
         try:
             _restore_run(core, record)
         except (AmbiError, OSError) as error:
             log.error("%s: cannot be restored: %s", record.id[:12], error)
     _clear_run_root(core)
+    core.networks.adopted()
 
 
 def _restore_records(core: Core) -> None:

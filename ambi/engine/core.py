@@ -20,6 +20,7 @@ from ambi.engine.state import StateDb
 from ambi.engine.types import State
 
 if TYPE_CHECKING:
+    from ambi.engine.networks import Networks
     from ambi.engine.shims import Shims
     from images.store import Store
 
@@ -46,6 +47,7 @@ class Core:
         self.changed = threading.Condition(self.mutex)
         self.started_ns = time.time_ns()
         self.shims: Shims
+        self.networks: Networks
         self.claims: Counter[str] = Counter()  # images of which instances are being made
         self.on_auto_remove: Callable[[Record], None] = lambda _: None
 
@@ -148,6 +150,8 @@ class Core:
 
     def ended(self, record: Record, run: Run) -> None:
         """The connection of `run` has ended and everything of it is swept: its instance can be started or removed."""
+        if run.started:  # a start that failed has let go itself, and the next one may be on its way
+            self.networks.release(record)
         with self.mutex:
             if record.run is run:
                 record.run = None

@@ -23,6 +23,7 @@ from ambi.engine.bus import EventStream
 from ambi.engine.core import Core
 from ambi.engine.filters import Filters
 from ambi.engine.images import ImageService
+from ambi.engine.networks import Networks
 from ambi.engine.records import Run
 from ambi.engine.shims import Shims
 from ambi.engine.state import StateDb
@@ -48,7 +49,8 @@ _CALL_S = 30.0
 
 
 class Engine:
-    """See the module. Public attribute: `images`, an `ambi.engine.images.ImageService`."""
+    """See the module. Public attributes: `images`, an `ambi.engine.images.ImageService`, `networks`, an
+    `ambi.engine.networks.Networks`."""
 
     @classmethod
     def open(cls, roots: Roots) -> Engine:
@@ -74,13 +76,16 @@ class Engine:
         self.images = ImageService(core)
         self._id = core.db.meta("engine_id", lambda: secrets.token_hex(16))
         core.shims = Shims(core)
+        self.networks = core.networks = Networks(core)
         core.on_auto_remove = lambda record: lifecycle.auto_remove(core, record)
         adopt.restore(core)
         core.shims.warm_up()
+        core.networks.warm_up()
 
     def close(self) -> None:
         """Let go of everything; instances run on."""
         self._core.bus.close()
+        self._core.networks.close(idle=all(record.run is None for record in self._core.registry))
         self._core.shims.close()
         self._core.store.close()
         self._core.db.close()

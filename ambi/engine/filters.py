@@ -47,6 +47,14 @@ def check_values(filters: Filters) -> None:
             raise InvalidRequest(f"invalid filter 'exited={value}'")
 
 
+def seconds(text: str) -> float:
+    """The value of `until`, in seconds since 1970. Raises InvalidRequest."""
+    try:
+        return float(text)
+    except ValueError as error:
+        raise InvalidRequest(f"invalid filter 'until={text}'", hint="use seconds since 1970") from error
+
+
 def _named(instance: Instance, values: list[str]) -> bool:
     """Docker takes the values as regular expressions over the name, with and without its slash."""
     import re
@@ -66,8 +74,11 @@ def _exited(instance: Instance, values: list[str]) -> bool:
 
 
 def _network(instance: Instance, values: list[str]) -> bool:
-    mode = instance.spec.host.get("NetworkMode") or "default"
-    return ("none" if mode in ("default", "bridge") else mode) in values
+    """By name, id or the beginning of an id."""
+    mode = instance.spec.host.get("NetworkMode")
+    names = {mode} if mode in ("none", "host") else {endpoint.name for endpoint in instance.net.endpoints}
+    ids = [endpoint.network for endpoint in instance.net.endpoints if endpoint.network]
+    return any(value in names or any(value and id.startswith(value) for id in ids) for value in values)
 
 
 def _volume(instance: Instance, values: list[str]) -> bool:
@@ -76,8 +87,10 @@ def _volume(instance: Instance, values: list[str]) -> bool:
     return any(value in parts for value in values)
 
 
-def _none(_: Instance, __: list[str]) -> bool:
-    return False
+def _publish(instance: Instance, values: list[str]) -> bool:
+    """By the port of the host; without a protocol by any."""
+    found = {f"{port.host_port}/{port.protocol}" for port in instance.net.ports}
+    return any(value in found or any(text.partition("/")[0] == value for text in found) for value in values)
 
 
 _TESTS: dict[str, Callable[[Instance, list[str]], bool]] = {
@@ -91,7 +104,7 @@ _TESTS: dict[str, Callable[[Instance, list[str]], bool]] = {
     "health": lambda i, values: "none" in values,
     "network": _network,
     "volume": _volume,
-    "publish": _none,
+    "publish": _publish,
     "expose": lambda i, values: any(_port(v) in (i.spec.config.get("ExposedPorts") or {}) for v in values),
 }
 

@@ -15,6 +15,7 @@ from ambi.core.plan import LAUNCH_FILE, Layers
 from ambi.engine import mounts, names, signals, spec
 from ambi.engine.core import Core
 from ambi.engine.create import RECORD_FILE, UPPER, write_record, write_whole
+from ambi.engine.networks import Attachment
 from ambi.engine.records import Record, Run
 
 log = logging.getLogger(__name__)
@@ -45,10 +46,21 @@ def check_present(record: Record) -> None:
 
 
 def _start(core: Core, record: Record) -> None:
-    """With the lock of `record` held. On failure no process and no shim of it is left."""
+    """With the lock of `record` held. On failure no process, no shim and no network of it is left."""
     wait_run_end(core, record)
+    net = core.networks.prepare(record)
+    try:
+        _start_on(core, record, net)
+    except BaseException:
+        core.networks.release(record, told=False)
+        raise
+    finally:
+        net.close()
+
+
+def _start_on(core: Core, record: Record, net: Attachment) -> None:
     data = core.roots.instance_data(record.id)
-    prepared = spec.prepare(record.id, record.row.isolation, record.row.spec, data)
+    prepared = spec.prepare(record.id, record.row.isolation, record.row.spec, data, net.files)
     mounts.make_sources(prepared.binds)
     plan = spec.plan(record.id, record.row.isolation, record.row.spec, _layers(core, record), core.roots, prepared)
     try:
@@ -64,7 +76,7 @@ def _start(core: Core, record: Record) -> None:
         ticket.share(run.connection)
     run.starting, record.oom_told = True, False
     try:
-        answer = run.connection.call("start", by=Deadline.after(START_S))
+        answer = run.connection.call("start", fds=net.descriptors(), by=Deadline.after(START_S))
     except AmbiError:
         with core.mutex:
             run.starting, run.failed = False, True

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 from ambi.core.errors import InvalidRequest
+from ambi.core.plan import LaunchPlan
 from ambi.core.words import is_address
 from ambi.engine.body import Body
+from ambi.engine.netnames import Names
+from ambi.engine.types import CreateSpec
 
 _LOCALHOST = """\
 127.0.0.1\tlocalhost
@@ -17,26 +23,64 @@ ff02::2\tip6-allrouters
 _LIMIT = 1 << 20
 
 
-def build(config: Body, host: Body) -> dict[str, str]:
-    """Path inside to content."""
+def build(config: Body, host: Body, net: Names | None = None) -> dict[str, str]:
+    """Path inside to content. net: None while nothing is known of the networks, to check the rest."""
+    if net is not None and net.whole:
+        return net.whole
+    net = net or Names(gateway="0.0.0.0")
     shared = host.text("NetworkMode") == "host"
     hosts = (_read("/etc/hosts") if shared else None) or _LOCALHOST
     return {
         "/etc/hostname": config.text("Hostname") + "\n",  # without the domain, as Docker has it
-        "/etc/hosts": hosts + "".join(_extra_host(item) for item in host.strings("ExtraHosts")),
-        "/etc/resolv.conf": _resolv(host),
+        "/etc/hosts": hosts + _own_hosts(config, net) + "".join(_extra_host(x, net) for x in host.strings("ExtraHosts")),
+        "/etc/resolv.conf": _own_resolv(host, net) if net.servers else _resolv(host),
     }
 
 
-def _extra_host(item: str) -> str:
+def rewrite(data_dir: Path, spec: CreateSpec, net: Names) -> None:
+    """Write the files of a running container anew, in place: they are mounted in it. Those that it brought are left alone.
+
+    Raises OSError. What the instance itself has written into them is lost, as with Docker.
+    """
+    made = build(Body("Config", spec.config), Body("HostConfig", spec.host), net)
+    for number, file in enumerate(LaunchPlan.load(data_dir).files):
+        if (text := made.get(str(file.path))) is not None and text != file.content:
+            flags = os.O_WRONLY | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
+            with open(os.open(f"{data_dir}/files/{number}", flags), "w", encoding="utf-8") as output:
+                output.write(text)
+
+
+def _own_hosts(config: Body, net: Names) -> str:
+    """The lines of its own addresses and of what it is linked to."""
+    host, domain = config.text("Hostname"), config.text("Domainname")
+    names = f"{host}.{domain} {host}" if domain else host
+    return "".join(f"{address}\t{words}\n" for address, words in [*((a, names) for a in net.own), *net.links])
+
+
+def _own_resolv(host: Body, net: Names) -> str:
+    """For a network whose gateway answers: it knows the servers, the search domains and options are the host's."""
+    _resolv(host)  # the same checks
+    search, options = host.strings("DnsSearch"), host.strings("DnsOptions")
+    lines = (_read("/etc/resolv.conf") or "").splitlines()
+    kept = [line for line in lines if line.startswith("search ") and not search]
+    kept += [line for line in lines if line.startswith("options ") and not options]
+    made = [f"nameserver {server}" for server in net.servers]
+    if search and search != ["."]:
+        made.append("search " + " ".join(search))
+    if not any("ndots:" in word for word in [*options, *kept]):
+        options = [*options, "ndots:0"]
+    if options:
+        made.append("options " + " ".join(options))
+    return "\n".join(made + kept) + "\n"
+
+
+def _extra_host(item: str, net: Names) -> str:
     """A line of /etc/hosts of Docker's `NAME:ADDRESS` (or `NAME=ADDRESS`)."""
     separator = "=" if "=" in item else ":"
     name, _, address = item.partition(separator)
     address = address.strip("[]")
     if address == "host-gateway":
-        raise InvalidRequest(
-            "--add-host with host-gateway is not supported yet", hint="give the address: --add-host NAME:IP"
-        )
+        address = net.gateway
     if not name or not is_address(address) or any(c.isspace() for c in name):
         raise InvalidRequest(f'bad format for add-host: "{item}"', hint="--add-host NAME:IP")
     return f"{address}\t{name}\n"

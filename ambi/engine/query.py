@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import NamedTuple
 
-from ambi.core.errors import AmbiError, InvalidRequest, NotFound
+from ambi.core.errors import AmbiError, NotFound
 from ambi.core.model import InstanceId
 from ambi.engine import filters as f
 from ambi.engine import lifecycle
@@ -66,7 +66,7 @@ def _images(core: Core, names: list[str] | tuple[str, ...]) -> set[str] | None:
 def prune(core: Core, filters: f.Filters) -> tuple[tuple[InstanceId, ...], int]:
     """Remove what does not run; returns the ids and the bytes of their directories."""
     f.check(filters, _PRUNE_KEYS)
-    until = [_seconds(value) for value in filters.get("until", ())]
+    until = [f.seconds(value) for value in filters.get("until", ())]
     removed, freed = [], 0
     for record in core.registry:
         labels = record.row.spec.config.get("Labels") or {}
@@ -84,13 +84,6 @@ def prune(core: Core, filters: f.Filters) -> tuple[tuple[InstanceId, ...], int]:
         removed.append(record.id)
         freed += size
     return tuple(removed), freed
-
-
-def _seconds(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError as error:
-        raise InvalidRequest(f"invalid filter 'until={text}'", hint="use seconds since 1970") from error
 
 
 def tree_bytes(path: str) -> int:

@@ -9,6 +9,8 @@ from ambi.core.errors import Conflict, InvalidRequest, NotFound
 from ambi.core.model import ExecId, ExitStatus, InstanceId
 from ambi.core.roots import Roots
 from ambi.engine import logopts
+from ambi.engine.endpoints import asked_for
+from ambi.engine.netstate import NetState
 from ambi.engine.request import argv_of
 from ambi.engine.state import Row
 from ambi.engine.types import Exec, Instance, State
@@ -60,7 +62,7 @@ class ExecRecord:
 class Record:
     """One instance. `lock` is held through start, stop, rename and remove; everything else changes under the mutex."""
 
-    __slots__ = ("attaching", "execs", "lock", "oom_told", "removing", "row", "run", "state", "tickets")
+    __slots__ = ("attaching", "execs", "lock", "net", "oom_told", "removing", "row", "run", "state", "tickets")
 
     def __init__(self, row: Row) -> None:
         self.row = row
@@ -71,6 +73,7 @@ class Record:
         self.tickets: list[WaitTicket] = []
         self.removing = False
         self.oom_told = False  # in this run
+        self.net: NetState | None = None  # None: as the request asks for it, see Networks.state
         self.attaching = 0  # clients that have been answered, but that the shim does not have yet
 
     @property
@@ -103,6 +106,7 @@ class Record:
             exec_ids=tuple(item.id for item in list(self.execs.values()) if item.exit_code is None),
             data_dir=data,
             run_dir=roots.instance_run(row.id),
+            net=self.net if self.net is not None else NetState(asked_for(row.spec)),
             log_path=logopts.log_path(row.spec.host, data, row.id),
         )
 

@@ -7,18 +7,18 @@ from typing import Any
 
 from ambi.core.errors import InvalidRequest
 from ambi.core.model import Isolation
+from ambi.engine import endpoints, ports
 from ambi.engine.body import Body
 from ambi.engine.types import CreateSpec
 
 RUNTIMES = {"": Isolation.CONTAINER, "container": Isolation.CONTAINER, "runc": Isolation.CONTAINER, "vm": Isolation.VM}
-LOCAL_NETWORKS = ("", "default", "bridge", "none")  # in all of them an instance has `lo` alone, until networks arrive
 
 # Fields that work, for both kinds unless _CONTAINER_ONLY has them; everything else must be neutral.
 _WORKS = """
     AutoRemove Binds CapAdd CapDrop CgroupnsMode ConsoleSize ContainerIDFile CpuPeriod CpuQuota CpuShares CpusetCpus
-    CpusetMems Devices Dns DnsOptions DnsSearch ExtraHosts GroupAdd Init IpcMode LogConfig MaskedPaths Memory
-    MemoryReservation MemorySwap Mounts NanoCpus NetworkMode OomScoreAdj PidMode PidsLimit Privileged ReadonlyPaths
-    ReadonlyRootfs RestartPolicy Runtime SecurityOpt ShmSize Sysctls Tmpfs Ulimits UTSMode
+    CpusetMems Devices Dns DnsOptions DnsSearch ExtraHosts GroupAdd Init IpcMode Links LogConfig MaskedPaths Memory
+    MemoryReservation MemorySwap Mounts NanoCpus NetworkMode OomScoreAdj PidMode PidsLimit PortBindings Privileged
+    PublishAllPorts ReadonlyPaths ReadonlyRootfs RestartPolicy Runtime SecurityOpt ShmSize Sysctls Tmpfs Ulimits UTSMode
 """
 _SUPPORTED = frozenset(_WORKS.split())
 # Fields that do not work, and Docker's flag for each.
@@ -38,11 +38,8 @@ _REFUSED = {
     "DeviceRequests": "--gpus",
     "KernelMemory": "--kernel-memory",
     "KernelMemoryTCP": "HostConfig.KernelMemoryTCP",
-    "Links": "--link",
     "MemorySwappiness": "--memory-swappiness",
     "OomKillDisable": "--oom-kill-disable",
-    "PortBindings": "--publish",
-    "PublishAllPorts": "--publish-all",
     "StorageOpt": "--storage-opt",
     "UsernsMode": "--userns",
     "VolumeDriver": "--volume-driver",
@@ -86,7 +83,10 @@ def check(spec: CreateSpec) -> list[str]:
     _check_restart(host)
     _check_modes(host, isolation)
     _check_config(config)
-    return _check_network(host, Body("NetworkingConfig", spec.networking), isolation)
+    endpoints.check(spec, isolation)
+    ports.exposed(spec)
+    ports.wanted(spec)
+    return []
 
 
 def _empty(value: Any) -> bool:
@@ -117,29 +117,7 @@ def _check_modes(host: Body, isolation: Isolation) -> None:
             )
 
 
-def _check_network(host: Body, networking: Body, isolation: Isolation) -> list[str]:
-    mode = host.text("NetworkMode")
-    if mode == "host":
-        if isolation is Isolation.VM:
-            raise InvalidRequest(
-                "--network host is not possible for a VM: it has a network stack of its own", hint="use --network none"
-            )
-    elif mode not in LOCAL_NETWORKS:
-        raise InvalidRequest(f"--network {mode} is not supported yet", hint="use --network none or --network host")
-    for name, endpoint in networking.object("EndpointsConfig").data.items():
-        if name not in LOCAL_NETWORKS + ("host",) or (endpoint and not _empty(endpoint)):
-            raise InvalidRequest(
-                f"settings of network {name} are not supported yet",
-                hint="use --network none or --network host, without further settings",
-            )
-    if mode in ("none", "host"):
-        return []
-    return ["There are no networks yet: the instance has only its loopback interface, as with --network none."]
-
-
 def _check_config(config: Body) -> None:
-    if config.text("MacAddress"):
-        raise InvalidRequest("--mac-address is not supported yet", hint="leave --mac-address out")
     for path in config.object("Volumes").data:
         raise InvalidRequest(f"--volume {path}: anonymous volumes are not supported yet", hint=f"use --tmpfs {path}")
     test = config.object("Healthcheck").strings("Test")

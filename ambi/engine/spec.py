@@ -14,6 +14,7 @@ from ambi.core.plan import File, LaunchPlan, Layers, Supervision
 from ambi.core.roots import Roots
 from ambi.engine import logopts, mounts, netfiles, resources, security
 from ambi.engine.body import Body
+from ambi.engine.netnames import Names
 from ambi.engine.request import argv_of
 from ambi.engine.types import CreateSpec
 from ambi.linux.capabilities import NAMES
@@ -32,8 +33,10 @@ class Prepared(NamedTuple):
     supervision: Supervision
 
 
-def prepare(instance: InstanceId, isolation: Isolation, spec: CreateSpec, data_dir: Path) -> Prepared:
-    """Everything that can be wrong with `spec` raises InvalidRequest here."""
+def prepare(
+    instance: InstanceId, isolation: Isolation, spec: CreateSpec, data_dir: Path, net: Names | None = None
+) -> Prepared:
+    """Everything that can be wrong with `spec` raises InvalidRequest here. net: at a start, how it is on its networks."""
     config, host = Body("Config", spec.config), Body("HostConfig", spec.host)
     own = mounts.parse(host)
     options = security.parse_options(host)
@@ -47,7 +50,7 @@ def prepare(instance: InstanceId, isolation: Isolation, spec: CreateSpec, data_d
         "linux": _linux(instance, isolation, host, options),
         "annotations": _annotations(host),
     }
-    made = netfiles.build(config, host)
+    made = netfiles.build(config, host, net)
     files = tuple(File(PurePosixPath(path), 0o644, text) for path, text in made.items() if path not in own.targets)
     log = data_dir / f"{instance}-json.log"
     return Prepared(oci, own.binds, files, logopts.supervision(config, host, log))

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from ambi.core.model import ExecId, InstanceId, Isolation, Status, Workload
+from ambi.engine.netstate import NetState
 
 WaitCondition = Literal["not-running", "next-exit", "removed"]
 
@@ -48,7 +49,7 @@ class Instance(NamedTuple):
 
     image: what the user typed; image_id: `sha256:...`. argv: what runs, entrypoint and command merged.
     exec_ids: of execs that have not ended. log_path: of the json-file log, None without one.
-    data_dir, run_dir: the instance's own directories, see ambi/engine/README.md.
+    data_dir, run_dir: the instance's own directories, see ambi/engine/README.md. net: on which networks it is.
     """
 
     id: InstanceId
@@ -66,6 +67,7 @@ class Instance(NamedTuple):
     data_dir: Path
     run_dir: Path
     log_path: Path | None
+    net: NetState = NetState()
 
     @property
     def tty(self) -> bool:
