@@ -12,7 +12,7 @@ from typing import Any
 
 from ambi.core.deadline import Deadline
 from ambi.core.driver import Streams
-from ambi.core.errors import Conflict, DeadlineExceeded, Internal, InvalidRequest
+from ambi.core.errors import Conflict, DeadlineExceeded, InvalidRequest
 from ambi.core.loop import POLLIN, Loop
 from ambi.core.model import ExitStatus, Status, Usage
 from ambi.core.undo import Undo
@@ -194,47 +194,21 @@ class Container:
         if stdio is not None:
             undo.add("close the streams", stdio.close_ours)
         cgroup = self._group.born_in()
-        job = executor.Job(self._id, spec, self._init.pidfd, self._group.joins, cgroup)
-        ours = None
+        job = executor.Job(self._id, spec, self._program, cgroup is not None)
+        fds = (self._init.pidfd, *([] if cgroup is None else [cgroup]), *(stdio.theirs if stdio else []))
         try:
-            ours, pid, pidfd = self._clone(job, stdio.theirs if stdio else [], by)
+            execution = self._spares.execute(job, fds, by)
+            pidfd = os.pidfd_open(execution.pid)
             undo.add("end the process", lambda: end_child(pidfd))
-            _, fds = spawn.expect(ours, "ready", by, "exec")
-            streams = stdio.streams if stdio else terminal_streams(fds)
+            fds_back = execution.finish(by)
+            streams = stdio.streams if stdio else terminal_streams(fds_back)
             undo.add("close the streams", lambda: close_streams(streams))
-            spawn.await_execve(ours, by)
-            return ContainerProcess(pid, pidfd, streams, has_terminal, self._group)
+            return ContainerProcess(execution.pid, pidfd, streams, has_terminal, self._group)
         finally:
-            if ours is not None:
-                ours.close()
             if stdio is not None:
                 stdio.close_theirs()
             if cgroup is not None:
                 os.close(cgroup)
-
-    def _clone(self, job: executor.Job, stdio: list[int], by: Deadline) -> tuple[spawn.Channel, int, int]:
-        """Have a helper make the process of an exec: (our end of the channel to it, pid, pidfd). It may execute at once."""
-        spare = self._spares.take()
-        if spare is not None and spare.give(job, stdio):
-            spawn.send_start(spare.channel, self._program)
-            try:
-                return spare.channel, *adopt_child(spare.channel, spare.child, by, self._helpers)
-            except Internal:  # killed, as for memory that ran out: done without
-                spare.channel.close()
-            except BaseException:
-                spare.channel.close()
-                raise
-        ours, theirs = spawn.Channel.pair()
-        try:
-            helper = spawn.clone(0, lambda: executor.help_to(job, theirs, stdio))
-            theirs.close()
-            spawn.send_start(ours, self._program)
-            return ours, *adopt_child(ours, helper, by, self._helpers)
-        except BaseException:
-            ours.close()
-            raise
-        finally:
-            theirs.close()
 
     def state(self) -> Status:
         if self._init.exit is not None:

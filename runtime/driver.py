@@ -106,7 +106,7 @@ class ContainerDriver:
         if stdio is None:
             undo.add("close the terminal", lambda: close_streams(streams))
         first = ContainerProcess(pid, pidfd, streams, has_terminal, group)
-        spares = Spares(loop, [] if _counts(resources) or "pid" not in job.fresh else group.joins)
+        spares = Spares(loop, helpers, group.joins, keep="pid" in job.fresh and not (group.joins and _counts(resources)))
         return Container(plan.id, first, ours, group, loop, program, files, "pid" in job.fresh, spares, helpers)
 
     def _spawn(

@@ -9,16 +9,22 @@ from __future__ import annotations
 import errno
 import os
 import resource
+import signal
 import stat
+import struct
 from typing import Any, NamedTuple
 
 from ambi.core.errors import AmbiError, CommandNotExecutable, CommandNotFound, InvalidRequest, from_os_error
 from ambi.linux import capabilities, paths, process, seccomp
+from ambi.linux.calls import ANY, CallFailed, Calls
 from runtime.users import Identity
 
 DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _CAPABILITY_SETS = ("bounding", "effective", "permitted", "inheritable", "ambient")
 _NOTHING = capabilities.Sets(0, 0, 0, 0, 0)
+_NR_CHDIR, _NR_UMASK, _NR_SETGROUPS, _NR_SETRESUID, _NR_SETRESGID = 80, 95, 116, 117, 119
+_NR_PRCTL, _NR_PRLIMIT = 157, 302
+EXECVE, CHDIR = "execute the program", "enter the working directory"  # calls of a list that are told in docker's words
 _CWD_HINT = "name a directory that the image has and the user may enter: -w /DIR"
 
 
@@ -77,21 +83,6 @@ def _cannot_execute(path: str) -> int | None:
     return None if mode & 0o111 else errno.EACCES
 
 
-def set_limits(spec: dict[str, Any]) -> None:
-    """`process.rlimits`; without CAP_SYS_RESOURCE a hard limit that would have to rise stays where it is."""
-    for entry in spec.get("rlimits") or ():
-        number = getattr(resource, entry["type"], None)
-        if not isinstance(number, int):
-            raise InvalidRequest(f"process.rlimits: no limit is called {entry['type']}")
-        soft, hard = (_limit(entry[name]) for name in ("soft", "hard"))
-        try:
-            resource.setrlimit(number, (soft, hard))
-        except (ValueError, PermissionError):
-            ceiling = resource.getrlimit(number)[1]
-            hard = _lower(hard, ceiling)
-            resource.setrlimit(number, (_lower(soft, hard), hard))
-
-
 def _limit(value: int) -> int:
     return resource.RLIM_INFINITY if value >= 1 << 63 or value < 0 else value
 
@@ -120,11 +111,13 @@ def enter_directory(spec: dict[str, Any]) -> None:
         os.chdir(cwd)
         here = os.getcwd()
     except OSError as error:
-        raise InvalidRequest(
-            f'cannot use working directory "{cwd}": {(error.strerror or "").lower()}', hint=_CWD_HINT
-        ) from error
+        raise _bad_directory(cwd, error) from error
     if not here.startswith("/"):
         raise InvalidRequest(f'cannot use working directory "{cwd}": it is outside the root', hint=_CWD_HINT)
+
+
+def _bad_directory(cwd: str, error: OSError) -> InvalidRequest:
+    return InvalidRequest(f'cannot use working directory "{cwd}": {(error.strerror or "").lower()}', hint=_CWD_HINT)
 
 
 def capability_sets(spec: dict[str, Any]) -> capabilities.Sets:
@@ -139,46 +132,120 @@ def capability_sets(spec: dict[str, Any]) -> capabilities.Sets:
     return capabilities.Sets(*masks)
 
 
-def give_up_privileges(spec: dict[str, Any], identity: Identity, program: Filter) -> None:
-    """From root with everything to what `spec` asks for, its seccomp program included."""
-    sets = capability_sets(spec)
-    now = capabilities.bounding()
-    restrict = bool(spec.get("noNewPrivileges"))
-    own_all = capabilities.permitted()
-    capabilities.limit_bounding(sets.bounding, now)
-    os.umask(0o022 if spec["user"].get("umask") is None else spec["user"]["umask"])
-    process.prctl(process.PR_SET_KEEPCAPS, 1)
-    process.become(identity.uid, identity.gid, identity.groups)
-    capabilities.set_process(own_all, own_all, sets.inheritable & own_all & sets.bounding & now)
-    enter_directory(spec)
-    if program.program and not restrict:
-        seccomp.load(program.program, program.flags)
-    permitted = sets.permitted & own_all & now
-    inheritable = sets.inheritable & own_all & sets.bounding & now
-    capabilities.set_process(sets.effective & permitted, permitted, inheritable)
-    if sets.ambient:
-        capabilities.set_ambient(sets.ambient & permitted & inheritable)
-    process.die_with_parent()  # forgotten by the kernel when ids and capabilities changed
-    if restrict:
-        process.no_new_privileges()
-        if program.program:
-            seccomp.load(program.program, program.flags)
+class Powers(NamedTuple):
+    """What is left to do once the identity is taken. The sets are what the process ends with."""
+
+    effective: int
+    permitted: int
+    inheritable: int
+    ambient: int
+    restrict: bool
+
+
+_bounding: int | None = None
+
+
+def bounding_set() -> int:
+    """The bounding set of this process and of its children; asked for once, for it takes a call a capability."""
+    global _bounding
+    if _bounding is None:
+        _bounding = capabilities.bounding()
+    return _bounding
+
+
+def take_identity(calls: Calls, spec: dict[str, Any], identity: Identity) -> Powers:
+    """Append to `calls` what makes the process `identity`, with all capabilities still; the bounding set is limited.
+
+    By system calls, and not by the C library's functions: those wait for every other thread to do the same, and after a raw
+    clone the library counts threads that only the parent has.
+    """
+    sets, now, own = capability_sets(spec), bounding_set(), capabilities.permitted()
+    for number in range((now & ~sets.bounding).bit_length()):
+        if now >> number & 1 and not sets.bounding >> number & 1:
+            calls.add("limit the capabilities", _NR_PRCTL, process.PR_CAPBSET_DROP, number)
+    umask = spec["user"].get("umask")
+    calls.add("set the umask", _NR_UMASK, 0o022 if umask is None else umask)
+    calls.add("keep capabilities", _NR_PRCTL, process.PR_SET_KEEPCAPS, 1)
+    count = len(identity.groups)
+    calls.add("set the groups", _NR_SETGROUPS, count, struct.pack(f"{count}I", *identity.groups))
+    calls.add("set the group", _NR_SETRESGID, *(identity.gid,) * 3)
+    calls.add("set the user", _NR_SETRESUID, *(identity.uid,) * 3)
+    inheritable = sets.inheritable & own & sets.bounding & now
+    capabilities.add_set_process(calls, own, own, inheritable)
+    permitted = sets.permitted & own & now
+    ambient = sets.ambient & permitted & inheritable
+    return Powers(sets.effective & permitted, permitted, inheritable, ambient, bool(spec.get("noNewPrivileges")))
+
+
+def give_up_privileges(calls: Calls, powers: Powers, program: Filter) -> None:
+    """Append to `calls` what is left to do after `take_identity`, the seccomp program included."""
+    if not powers.restrict:
+        _filter(calls, program)
+    capabilities.add_set_process(calls, powers.effective, powers.permitted, powers.inheritable)
+    for number in range(powers.ambient.bit_length()):
+        if powers.ambient >> number & 1:
+            calls.add("set ambient capabilities", _NR_PRCTL, process.PR_CAP_AMBIENT, process.PR_CAP_AMBIENT_RAISE, number)
+    # forgotten by the kernel when ids and capabilities changed
+    calls.add("ask to die with the shim", _NR_PRCTL, process.PR_SET_PDEATHSIG, signal.SIGKILL)
+    if powers.restrict:
+        calls.add("give up new privileges", _NR_PRCTL, process.PR_SET_NO_NEW_PRIVS, 1)
+        _filter(calls, program)
+
+
+def _filter(calls: Calls, program: Filter) -> None:
+    if program.program:
+        seccomp.add_load(calls, program.program, program.flags)
+
+
+def change_directory(calls: Calls, spec: dict[str, Any]) -> None:
+    """Append to `calls` that the user enters `process.cwd`, which `enter_directory` has proven; with no descriptor open."""
+    calls.add(CHDIR, _NR_CHDIR, os.fsencode(spec.get("cwd") or "/") + b"\0")
+
+
+def limits(calls: Calls, spec: dict[str, Any]) -> None:
+    """Append to `calls` the `process.rlimits`; without CAP_SYS_RESOURCE a hard limit that would have to rise stays."""
+    for entry in spec.get("rlimits") or ():
+        number = getattr(resource, entry["type"], None)
+        if not isinstance(number, int):
+            raise InvalidRequest(f"process.rlimits: no limit is called {entry['type']}")
+        soft, hard = (_limit(entry[name]) for name in ("soft", "hard"))
+        reachable = _lower(hard, resource.getrlimit(number)[1])
+        calls.add("set limits", _NR_PRLIMIT, 0, number, _rlimit(_lower(soft, reachable), reachable), 0)
+        if reachable != hard:
+            calls.add("set limits", _NR_PRLIMIT, 0, number, _rlimit(soft, hard), 0, ignored=ANY)
+
+
+def _rlimit(soft: int, hard: int) -> bytes:
+    return struct.pack("QQ", *(value & 0xFFFFFFFFFFFFFFFF for value in (soft, hard)))  # struct rlimit64
+
+
+def explain_call(spec: dict[str, Any], error: CallFailed) -> AmbiError:
+    """What a failed call of the list means to the user."""
+    if error.what == EXECVE:
+        return explain_execve(spec["args"][0], error)
+    if error.what == CHDIR:
+        return _bad_directory(spec.get("cwd") or "/", error)
+    return from_os_error(f"cannot {error.what}", error)
+
+
+def explain_execve(shown: str, error: OSError | ValueError) -> AmbiError:
+    """Why the program called `shown` could not be executed, in docker's words."""
+    if not isinstance(error, OSError):  # a NUL inside an argument
+        return InvalidRequest(f'exec: "{shown}": {error}')
+    text = (error.strerror or "").lower()
+    if error.errno == errno.ENOENT:
+        return CommandNotFound(f'exec: "{shown}": {text}')
+    if error.errno in (errno.EACCES, errno.ENOEXEC, errno.EPERM, errno.ETXTBSY, errno.EISDIR, errno.ELOOP):
+        return CommandNotExecutable(f'exec: "{shown}": {text}')
+    return from_os_error(f'exec: "{shown}"', error)
 
 
 def execute(path: str | int, arguments: list[str], env: dict[str, str]) -> None:
     """execve; returns only by raising."""
-    shown = arguments[0]
     try:
         os.execve(path, arguments, env)
-    except OSError as error:
-        text = (error.strerror or "").lower()
-        if error.errno == errno.ENOENT:
-            raise CommandNotFound(f'exec: "{shown}": {text}') from error
-        if error.errno in (errno.EACCES, errno.ENOEXEC, errno.EPERM, errno.ETXTBSY, errno.EISDIR, errno.ELOOP):
-            raise CommandNotExecutable(f'exec: "{shown}": {text}') from error
-        raise from_os_error(f'exec: "{shown}"', error) from error
-    except ValueError as error:  # a NUL inside an argument
-        raise InvalidRequest(f'exec: "{shown}": {error}') from error
+    except (OSError, ValueError) as error:
+        raise explain_execve(arguments[0], error) from error
 
 
 def own_stdio(identity: Identity) -> None:

@@ -13,6 +13,7 @@ import socket
 from typing import Any, NamedTuple, NoReturn
 
 from ambi.linux import memfd, mount, net, paths, process
+from ambi.linux.calls import Calls
 from runtime import devices, finish, mounts, rootfs, spawn, terminal, users
 from runtime.tini import PROGRAM as TINI
 
@@ -116,15 +117,21 @@ def _last_steps(
     take_terminal(slave, identity)
     new_keyring(job.id)
     finish.set_oom_score(proc, spec)
-    finish.set_limits(spec)
     set_security_label(proc, spec)
     target: str | int = path
     if (job.config.get("annotations") or {}).get(INIT_ANNOTATION) == "1":
         target = memfd.sealed("ambi-init", TINI)
         arguments = ["ambi-init", path, *arguments]
     process.close_on_exec(3)
-    finish.give_up_privileges(spec, identity, program)
-    process.reset_signals()
+    calls = Calls()
+    finish.limits(calls, spec)
+    powers = finish.take_identity(calls, spec, identity)
+    calls.make()
+    finish.enter_directory(spec)  # as the user, with descriptors of ours open: proven once more
+    calls = Calls()
+    finish.give_up_privileges(calls, powers, program)
+    calls.default_signals(process.ignored_signals())
+    calls.make()
     given.channel.send("exec")
     finish.execute(target, arguments, env)
 

@@ -1,11 +1,12 @@
-"""A spare helper: the part of an exec that sleeps, done before anybody waits for it.
+"""The helper that makes a container's execs, and stays for a while after one.
 
 An exec enters the container's cgroups, which on version 1 is a migration and sleeps for a grace period of the kernel, as
-`park` tells: 6 to 15 ms of an exec that else takes 4. Where a program has been executed, another often follows, as of a
-health check or a script: so a helper is kept in the cgroups for a while after an exec, and the next exec is made by it.
+`park` tells: 6 to 15 ms of an exec that else takes 3. And a helper is a fork of the shim, whose pages it copies before it
+does anything. Where a program has been executed, another often follows, as of a health check or a script: so the helper is
+kept, in the cgroups and namespaces of the container and with its memory warm, and makes those too (docs/design/0005).
 
-It is in the cgroups and in nothing else of the container until it has a job, so nobody in there can see it; but it counts
-as one of the container's processes. A container with a limit of processes or memory has none.
+It is in no pid namespace of the container, so nobody in there can see it; but on version 1 it counts as one of the
+container's processes. There a container with a limit of processes or memory keeps none.
 """
 
 from __future__ import annotations
@@ -13,29 +14,33 @@ from __future__ import annotations
 import marshal
 import os
 import select
-from collections.abc import Callable
+import signal
 
+from ambi.core.deadline import Deadline
+from ambi.core.errors import Internal, from_wire
 from ambi.core.loop import Loop, Timer
 from ambi.linux import memfd, process
 from runtime import exec as executor
 from runtime import spawn
 
 KEPT_SECONDS = 60.0
-MAKE_SECONDS = 0.005  # after an exec: not in the way of its own process, and in time for the next
+_INLINE_BYTES = 64 << 10  # larger jobs travel in a memory file
 
 
-class Spare:
-    """One waiting helper."""
+class Helper:
+    """One helper process. sound: it is idle, and not at work or in an unknown state."""
 
     def __init__(self, channel: spawn.Channel, child: process.Child) -> None:
-        self.channel, self.child = channel, child
+        self._channel, self._child = channel, child
+        self.pid, self.sound = child.pid, True
 
     @classmethod
-    def make(cls, joins: list[str]) -> Spare:
+    def make(cls, joins: list[str]) -> Helper:
         ours, theirs = spawn.Channel.pair()
         try:
-            child = spawn.clone(0, lambda: executor.help_later(joins, theirs))
-        except OSError:
+            ours.pass_credentials()
+            child = spawn.clone(0, lambda: executor.serve(joins, theirs))
+        except BaseException:
             ours.close()
             raise
         finally:
@@ -44,68 +49,129 @@ class Spare:
 
     def lives(self) -> bool:
         poll = select.poll()
-        poll.register(self.child.pidfd, select.POLLIN)
+        poll.register(self._child.pidfd, select.POLLIN)
         return not poll.poll(0)
 
-    def give(self, job: executor.Job, stdio: list[int]) -> bool:
-        """Send it to work: from here on it is as any helper. False when it has ended; it is reaped then."""
-        text = memfd.sealed("ambi-exec", marshal.dumps(tuple(job)))
+    def give(self, job: executor.Job, fds: tuple[int, ...]) -> None:
+        """Send it to work. Raises OSError when it has ended, as one that was killed for memory has."""
+        self.sound = False
+        data = marshal.dumps((job.id, job.spec, tuple(job.program), job.has_cgroup))
+        if len(data) <= _INLINE_BYTES:
+            self._channel.send("job", data, fds=fds)
+            return
+        text = memfd.sealed("ambi-exec", data)
         try:
-            self.channel.send("job", fds=(text, job.init_pidfd, *stdio))
-        except OSError:  # killed, as for memory that ran out
-            self.reap()
-            return False
+            self._channel.send("job", b"", fds=(text, *fds))
         finally:
             os.close(text)
-        return True
 
-    def reap(self) -> None:
-        """It ends when its channel does."""
-        self.channel.close()
-        os.waitid(os.P_PIDFD, self.child.pidfd, os.WEXITED)
-        os.close(self.child.pidfd)
+    def await_pid(self, by: Deadline) -> int:
+        """Of the child that it has made, which is ours to reap. Raises what went wrong before there was one."""
+        self._await("pid", by, "cloning the process")
+        return self._channel.sender
+
+    def await_execve(self, by: Deadline) -> list[int]:
+        """The descriptors that come with the news that its program runs. Raises what the helper reports."""
+        fds = self._await("exec", by, "execve")
+        self.sound = True
+        return fds
+
+    def _await(self, kind: str, by: Deadline, what: str) -> list[int]:
+        message, fds = self._channel.receive(by, what)
+        if message is None:
+            raise Internal(f"{what}: the helper died", hint="`dmesg` may say why, memory limits are a common cause")
+        if message[0] == "error":
+            self.sound = True
+            raise from_wire(message[1])
+        if message[0] != kind:
+            raise Internal(f"{what}: unexpected message {message[0]}")
+        return fds
+
+    def leave(self, helpers: spawn.Helpers) -> None:
+        """Let it end, which it does by itself; `helpers` reap it."""
+        self._channel.close()
+        helpers.leave(self._child.pidfd)
+
+    def end(self) -> None:
+        """Kill and reap it: it may hang in a file system of the container."""
+        self._channel.close()
+        try:
+            signal.pidfd_send_signal(self._child.pidfd, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+        os.waitid(os.P_PIDFD, self._child.pidfd, os.WEXITED)
+        os.close(self._child.pidfd)
 
 
 class Spares:
-    """The spare helper of one container: made after an exec, kept for KEPT_SECONDS. joins: empty for never."""
+    """The helper of one container. joins: the cgroups that it enters; keep: whether it stays after an exec."""
 
-    def __init__(self, loop: Loop, joins: list[str]) -> None:
-        self._loop, self._joins = loop, joins
-        self._spare: Spare | None = None
+    def __init__(self, loop: Loop, helpers: spawn.Helpers, joins: list[str], *, keep: bool) -> None:
+        self._loop, self._helpers, self._joins, self._keep = loop, helpers, joins, keep
+        self._helper: Helper | None = None
         self._timer: Timer | None = None
 
     def pid(self) -> int:
-        """0 when there is none."""
-        return self._spare.child.pid if self._spare is not None and self._spare.lives() else 0
+        """Of what is counted as a process of the container and is none; 0 when there is nothing."""
+        return self._helper.pid if self._helper is not None and self._joins and self._helper.lives() else 0
 
-    def take(self) -> Spare | None:
-        """The spare helper, if there is one; another is made in a moment. The caller reaps it and closes its channel."""
-        if not self._joins:
-            return None
-        spare, self._spare = self._spare, None
-        self._at(MAKE_SECONDS, self._make)
-        return spare
+    def execute(self, job: executor.Job, fds: tuple[int, ...], by: Deadline) -> Execution:
+        """Have the process of `job` made. Raises what went wrong before there was one; nothing is left then."""
+        self._cancel()
+        helper, self._helper = self._helper, None
+        if helper is not None:
+            try:
+                return self._start(helper, job, fds, by)
+            except (OSError, Internal):
+                if helper.sound:
+                    raise
+            # else it was killed, as for memory that ran out: another does it
+        return self._start(Helper.make(self._joins), job, fds, by)
+
+    def _start(self, helper: Helper, job: executor.Job, fds: tuple[int, ...], by: Deadline) -> Execution:
+        try:
+            helper.give(job, fds)
+            return Execution(self, helper, helper.await_pid(by))
+        except BaseException:
+            self.put_back(helper)
+            raise
+
+    def put_back(self, helper: Helper) -> None:
+        """After its work, done or failed."""
+        if not helper.sound:
+            helper.end()
+        elif self._keep:
+            self._helper = helper
+            self._timer = self._loop.later(KEPT_SECONDS, self._discard)
+        else:
+            helper.leave(self._helpers)
 
     def end(self) -> None:
-        """For ever: end it if it is there."""
-        self._joins = []
-        if self._timer is not None:
-            self._loop.cancel(self._timer)
+        """End it if it is there."""
+        self._cancel()
         self._discard()
 
-    def _at(self, seconds: float, action: Callable[[], None]) -> None:
+    def _cancel(self) -> None:
         if self._timer is not None:
             self._loop.cancel(self._timer)
-        self._timer = self._loop.later(seconds, action)
-
-    def _make(self) -> None:
-        try:
-            self._spare = Spare.make(self._joins)
-        except OSError:  # no process or descriptor to spare: execs do without
-            return
-        self._at(KEPT_SECONDS, self._discard)
+            self._timer = None
 
     def _discard(self) -> None:
-        spare, self._spare = self._spare, None
-        if spare is not None:
-            spare.reap()
+        helper, self._helper = self._helper, None
+        if helper is not None:
+            helper.end()
+
+
+class Execution:
+    """A child that a helper has made and that is on its way to execve. pid: ours to reap."""
+
+    def __init__(self, spares: Spares, helper: Helper, pid: int) -> None:
+        self._spares, self._helper = spares, helper
+        self.pid = pid
+
+    def finish(self, by: Deadline) -> list[int]:
+        """Wait until its program runs; the descriptors that come with it. Raises what the helper reports."""
+        try:
+            return self._helper.await_execve(by)
+        finally:
+            self._spares.put_back(self._helper)

@@ -32,8 +32,9 @@ from ambi.linux import process
 from runtime.finish import Filter, explain
 
 Message = tuple[Any, ...]
-_ALL_SIGNALS = tuple(n for n in range(1, 65) if n not in (32, 33))
+ALL_SIGNALS = tuple(n for n in range(1, 65) if n not in (32, 33))
 _LIMIT = 128 << 10
+_ANCILLARY_BYTES = socket.CMSG_SPACE(16 * 4) + socket.CMSG_SPACE(12)  # 16 descriptors, struct ucred
 
 
 class Channel:
@@ -43,12 +44,17 @@ class Channel:
         self._socket = end
         self._early: list[tuple[Message, list[int]]] = []
         self.fd = end.fileno()
+        self.sender = 0  # the pid of who sent the last message, after `pass_credentials`
 
     @classmethod
     def pair(cls) -> tuple[Channel, Channel]:
         """The shim's end and the child's."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         return cls(ours), cls(theirs)
+
+    def pass_credentials(self) -> None:
+        """From now on messages tell who sent them; the kernel vouches for the pid, and translates it."""
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
 
     def send(self, *message: Any, fds: tuple[int, ...] = ()) -> None:
         data = marshal.dumps(message)
@@ -85,7 +91,13 @@ class Channel:
         return (marshal.loads(data) if data else None), fds
 
     def _read(self) -> tuple[bytes, list[int]]:
-        data, fds, _, _ = socket.recv_fds(self._socket, _LIMIT, 16, socket.MSG_CMSG_CLOEXEC)
+        data, ancillary, _, _ = self._socket.recvmsg(_LIMIT, _ANCILLARY_BYTES, socket.MSG_CMSG_CLOEXEC)
+        fds: list[int] = []
+        for level, kind, content in ancillary:
+            if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+                fds += memoryview(content).cast("i")
+            elif level == socket.SOL_SOCKET and kind == socket.SCM_CREDENTIALS:
+                self.sender = int.from_bytes(content[:4], "little")  # struct ucred: pid, uid, gid
         return data, fds
 
     def close(self) -> None:
@@ -98,7 +110,7 @@ class Failed(Exception):
 
 def clone(flags: int, body: Callable[[], NoReturn], *, cgroup: int | None = None) -> process.Child:
     """A child that runs `body`, which ends in execve or an exit. Signals are blocked in it until it unblocks them."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _ALL_SIGNALS)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ALL_SIGNALS)
     try:
         child = process.clone3(flags, cgroup=cgroup)
         if child.pid == 0:

@@ -6,6 +6,7 @@ import ctypes
 import struct
 from typing import NamedTuple
 
+from ambi.linux.calls import Calls
 from ambi.linux.libc import syscall
 from ambi.linux.process import (
     PR_CAP_AMBIENT,
@@ -85,15 +86,24 @@ def limit_bounding(keep: int, now: int) -> None:
             prctl(PR_CAPBSET_DROP, number)
 
 
-def set_process(effective: int, permitted: int, inheritable: int) -> None:
-    """capset(2) for the calling thread."""
+def _set_words(effective: int, permitted: int, inheritable: int) -> tuple[bytes, bytes]:
+    """The header and the data of capset(2) for the calling thread."""
     low = 0xFFFFFFFF
     words = (
         effective & low, permitted & low, inheritable & low, effective >> 32, permitted >> 32, inheritable >> 32,
     )  # fmt: skip
-    header = ctypes.create_string_buffer(struct.pack("Ii", _VERSION_3, 0), 8)
-    data = ctypes.create_string_buffer(struct.pack("6I", *words), 24)
-    syscall(_NR_CAPSET, header, data, what="capset")
+    return struct.pack("Ii", _VERSION_3, 0), struct.pack("6I", *words)
+
+
+def set_process(effective: int, permitted: int, inheritable: int) -> None:
+    """capset(2) for the calling thread."""
+    words = [ctypes.create_string_buffer(data, len(data)) for data in _set_words(effective, permitted, inheritable)]
+    syscall(_NR_CAPSET, *words, what="capset")
+
+
+def add_set_process(calls: Calls, effective: int, permitted: int, inheritable: int) -> None:
+    """`set_process` as a call of a list."""
+    calls.add("set the capabilities", _NR_CAPSET, *_set_words(effective, permitted, inheritable))
 
 
 def set_ambient(mask: int) -> None:

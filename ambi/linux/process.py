@@ -1,7 +1,9 @@
 """Processes: clone3(2), namespaces, prctl(2), descriptors and keyrings.
 
-`clone3` is the raw call: it runs neither Python's nor the C library's fork handlers. Use it only in a single-threaded
-process, for a child that ends in execve or `os._exit` whatever happens, with all signals blocked around it.
+`clone3` is the raw call with Python's fork handlers around it and the interpreter's lock held: else a child of a process
+with threads could wait for ever for a lock whose holder it does not have. The C library's handlers, for malloc's locks, are
+not run: use it in a single-threaded process, for a child that ends in execve or `os._exit` whatever happens, with all signals
+blocked around it.
 """
 
 from __future__ import annotations
@@ -57,6 +59,9 @@ NAMESPACES = {  # type in config.json -> (flag, file below /proc/PID/ns)
     "uts": (CLONE_NEWUTS, "uts"),
 }
 
+_holding_syscall = ctypes.PyDLL(None, use_errno=True).syscall  # keeps the interpreter's lock during the call
+_holding_syscall.restype = ctypes.c_long
+_holding_syscall.argtypes = [ctypes.c_long, ctypes.c_void_p, ctypes.c_size_t]
 libc.prctl.argtypes = [ctypes.c_int] + [ctypes.c_ulong] * 4
 
 
@@ -89,7 +94,16 @@ def clone3(flags: int, *, cgroup: int | None = None) -> Child:
     if cgroup is not None:
         arguments.flags |= CLONE_INTO_CGROUP
         arguments.cgroup = cgroup
-    pid = syscall(_NR_CLONE3, ctypes.addressof(arguments), ctypes.sizeof(arguments), what="clone3")
+    python = ctypes.pythonapi
+    python.PyOS_BeforeFork()
+    pid = _holding_syscall(_NR_CLONE3, ctypes.addressof(arguments), ctypes.sizeof(arguments))
+    code = ctypes.get_errno()
+    if pid == 0:
+        python.PyOS_AfterFork_Child()
+    else:
+        python.PyOS_AfterFork_Parent()
+    if pid < 0:
+        raise OSError(code, os.strerror(code), "clone3")
     return Child(pid, pidfd.value if pid else -1)
 
 
@@ -165,6 +179,11 @@ def reset_signals() -> None:
         if signal.getsignal(number) != signal.SIG_DFL:
             signal.signal(number, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
+
+
+def ignored_signals() -> list[int]:
+    """The signals that are ignored here, and would be by a program executed from here."""
+    return [n for n in range(1, 65) if n not in (32, 33) and signal.getsignal(n) is signal.SIG_IGN]
 
 
 def start_time(pid: int) -> int:

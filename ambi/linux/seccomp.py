@@ -22,6 +22,7 @@ import struct
 from typing import Any, NamedTuple
 
 from ambi.core.errors import InvalidRequest, Unsupported
+from ambi.linux.calls import Calls
 from ambi.linux.libc import syscall
 from ambi.linux.syscall_table import I386, X32, X32_BIT, X86_64
 
@@ -118,6 +119,12 @@ def load(program: bytes, flags: int = 0) -> None:
     instructions = ctypes.create_string_buffer(program, len(program))
     header = struct.pack("HxxxxxxQ", len(program) // 8, ctypes.addressof(instructions))  # struct sock_fprog
     syscall(_NR_SECCOMP, _SET_MODE_FILTER, flags, header, what="seccomp")
+
+
+def add_load(calls: Calls, program: bytes, flags: int = 0) -> None:
+    """`load` as a call of a list."""
+    header = struct.pack("HxxxxxxQ", len(program) // 8, calls.address(program))
+    calls.add("load the seccomp program", _NR_SECCOMP, _SET_MODE_FILTER, flags, header)
 
 
 def _outcome(action: str, data: int | None) -> int:

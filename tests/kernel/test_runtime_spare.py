@@ -1,4 +1,4 @@
-"""The helper that stays in a container's cgroups after an exec and makes the next one."""
+"""The helper that stays in a container after an exec and makes the next ones."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from ambi.core.deadline import Deadline
-from ambi.core.errors import CommandNotFound
+from ambi.core.errors import CommandNotFound, DeadlineExceeded, InvalidRequest
 from runtime import cgroups, spare
-from tests.driverkit import Rig, Running
+from tests.driverkit import Rig, Running, oci_process
 from tests.kernel.runtimekit import rig, tree
 from tests.shimkit import state
 
@@ -62,14 +62,18 @@ def _tick(running: Running) -> bool:
     return True
 
 
-def test_it_makes_the_next_exec_and_is_replaced(running: Running) -> None:
+def test_it_makes_the_next_execs_too(running: Running) -> None:
     assert in_group(running) == {running.created.init.pid}, "there is one before anything has been executed"
     assert running.exec(["echo", "one"]).out == b"one\n"
     first = await_spare(running)
     done = running.exec(["sh", "-c", "cat; echo two >&2; exit 5"], stdin=b"in")
     assert (done.code, done.out, done.err) == (5, b"in", b"two\n")
-    assert state(first) == "gone", "the helper has not made the exec"
-    assert await_spare(running) != first
+    assert await_spare(running) == first
+    os.kill(first, signal.SIGSTOP)
+    with pytest.raises(DeadlineExceeded):
+        running.created.exec(oci_process(["true"]), False, Deadline.after(0.2))
+    assert state(first) == "gone", "one that hangs is kept"
+    assert running.exec(["echo", "three"]).out == b"three\n"
 
 
 def test_what_it_makes_is_as_any_exec(running: Running) -> None:
@@ -83,6 +87,9 @@ def test_what_it_makes_is_as_any_exec(running: Running) -> None:
     await_spare(running)
     with pytest.raises(CommandNotFound):
         running.exec(["/no/such"])
+    with pytest.raises(InvalidRequest, match="working directory"):
+        running.exec(["true"], cwd="/no/such")
+    assert running.exec(show).out == first.out, "what went before has left something"
 
 
 def test_it_is_not_counted(running: Running) -> None:
