@@ -22,6 +22,7 @@ from runtime import spawn, terminal, top
 from runtime.cgroups.v1 import Group
 from runtime.finish import Filter
 from runtime.spare import Spares
+from runtime.tree import View
 
 
 class ContainerProcess:
@@ -151,7 +152,10 @@ class Container:
         own_pids: bool,
         spares: Spares,
         helpers: spawn.Helpers,
+        view: View,
     ) -> None:
+        self.tree = view.tree
+        self._view = view
         self._id, self._init, self._group, self._loop, self._program = identity, init, group, loop, program
         self._channel: spawn.Channel | None = channel
         self._files, self._own_pids, self._spares, self._helpers = files, own_pids, spares, helpers
@@ -236,6 +240,7 @@ class Container:
         self._group.kill()
         for process_ in self._execs:
             process_.reap(by)
+        self._view.end()
         self._spares.end()
         self._helpers.reap()
         self._last_usage = self._last_usage or self._group.usage()

@@ -15,7 +15,7 @@ from ambi.core.model import Isolation
 from ambi.core.plan import LaunchPlan
 from ambi.core.undo import Undo
 from ambi.linux import paths, process
-from runtime import cgroups, devices, features, filters, init, rootfs, spawn, validate
+from runtime import cgroups, devices, features, filters, init, rootfs, spawn, tree, validate
 from runtime.cgroups.v1 import Group, V1Group
 from runtime.container import (
     Container,
@@ -107,7 +107,8 @@ class ContainerDriver:
             undo.add("close the terminal", lambda: close_streams(streams))
         first = ContainerProcess(pid, pidfd, streams, has_terminal, group)
         spares = Spares(loop, helpers, group.joins, keep="pid" in job.fresh and not (group.joins and _counts(resources)))
-        return Container(plan.id, first, ours, group, loop, program, files, "pid" in job.fresh, spares, helpers)
+        view = tree.View(tree.Place(plan, job.root, pidfd, file_list), loop)
+        return Container(plan.id, first, ours, group, loop, program, files, "pid" in job.fresh, spares, helpers, view)
 
     def _spawn(
         self, job: init.Job, plan: LaunchPlan, group: Group, starter: Starter | None, stdio: Stdio | None,
@@ -155,6 +156,15 @@ class ContainerDriver:
         starter.discard()
         return None
 
+    def browse(self, plan: LaunchPlan, undo: Undo, by: Deadline, loop: Loop) -> Browser:
+        """The root of a container that does not run. Nothing is mounted but while a request looks."""
+        del by
+        try:
+            files, file_list = write_files(plan, undo)
+            return Browser(tree.View(tree.Place(plan, rootfs.prepare(plan), None, file_list), loop), files)
+        except OSError as error:
+            raise from_os_error(f"cannot look into container {plan.id[:12]}", error) from error
+
     def sweep(self, plan: LaunchPlan) -> None:
         group = cgroups.open_group(PurePosixPath(plan.config["linux"]["cgroupsPath"]))
         group.kill()
@@ -165,6 +175,19 @@ class ContainerDriver:
         remove_files(plan.data_dir / "files")
         if isinstance(group, V1Group):
             Starter.sweep(cgroups.hierarchies(), group.path.parent)
+
+
+class Browser:
+    """What `browse` returns."""
+
+    def __init__(self, view: tree.View, files: Path) -> None:
+        self.tree = view.tree
+        self._view, self._files = view, files
+
+    def delete(self, by: Deadline) -> None:
+        del by
+        self._view.end()
+        remove_files(self._files)
 
 
 def _counts(resources: dict[str, Any]) -> bool:

@@ -122,6 +122,17 @@ def _mount_overlay(lowers: list[str], upper: str, scratch: str, disposable: bool
             os.close(fd)
 
 
+def assemble_lowers(lowers: list[str], scratch: str) -> None:
+    """Mount at least two layers as they are below an upper, read-only, at `scratch`."""
+    opened = [os.open(path, paths.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC) for path in reversed(lowers)]
+    try:
+        options = "lowerdir=" + ":".join(f"/proc/self/fd/{fd}" for fd in opened)
+        mount.mount("overlay", scratch, "overlay", mount.MS_RDONLY, f"{options},redirect_dir=nofollow,metacopy=off,xino=off")
+    finally:
+        for fd in opened:
+            os.close(fd)
+
+
 def _forget_volatile(mark: str) -> None:
     """Remove what a mount with `volatile` leaves behind, and what keeps overlay from mounting the upper again."""
     try:
