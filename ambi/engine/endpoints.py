@@ -61,6 +61,8 @@ def check(spec: CreateSpec, isolation: Isolation) -> None:
     """Refuse what can never be, in Docker's words. Raises InvalidRequest."""
     host, config = Body("HostConfig", spec.host), Body("Config", spec.config)
     mode = mode_of(host.data)
+    if config.text("MacAddress"):
+        check_mac(config.text("MacAddress"))
     if isolation is Isolation.VM and (mode == "host" or mode.startswith(SHARED)):
         why = "it has a network stack of its own" if mode == "host" else "in the namespace of another only its guest answers"
         raise InvalidRequest(
@@ -83,8 +85,6 @@ def check(spec: CreateSpec, isolation: Isolation) -> None:
                 hint="leave --link out",
             )
         return
-    if config.text("MacAddress"):
-        check_mac(config.text("MacAddress"))
     for endpoint in asked_for(spec):
         check_endpoint(endpoint)
 

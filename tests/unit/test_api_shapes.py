@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from ambi.api import events, instance_shapes, logs, networks, stats, streams, top, words
+from ambi.api import events, instance_shapes, logs, stats, streams, top, words
 from ambi.api.query import Query, one_flag
 from ambi.api.router import Router
 from ambi.api.routes import ROUTER
@@ -198,10 +198,6 @@ def test_top_tables() -> None:
     for bad in ("-o", "-o nope", "--forest", "-ef --forest"):
         with pytest.raises(InvalidRequest, match="not known"):
             top.table([process], bad)
-
-
-def test_networks_are_the_two_that_exist() -> None:
-    assert networks.network_id("none") != networks.network_id("host") and len(networks.network_id("none")) == 64
 
 
 def test_every_route_is_reachable_with_and_without_a_version() -> None:
