@@ -24,7 +24,7 @@ from ambi.core.loop import Loop
 from ambi.core.model import ExitStatus
 from ambi.core.plan import LaunchPlan
 from ambi.core.undo import Undo
-from ambi.shim import drivers, leave, logread, netns, record
+from ambi.shim import drivers, leave, logread, netns, record, trees
 from ambi.shim.attach import Attach, Hub
 from ambi.shim.control import Control, Request
 from ambi.shim.log import LogWriter
@@ -67,6 +67,7 @@ class Shim:
         self._hub = Hub(loop, spec.data_dir, terminal=False, stdin_once=False)
         self._hub.on_detach = lambda: self.control.event({"event": "detach", "exec_id": None})
         self._waits = Understudies(loop)
+        self._browser = trees.Browser(loop)
         self._log: LogWriter | None = None
         self._init: Session | None = None
         self._size: tuple[int, int] | None = None
@@ -86,6 +87,10 @@ class Shim:
             else:
                 self._handle(self.control.requests.popleft())
         if self._phase == "new" and not self.control.connected and not self._hub.clients:
+            try:
+                self._browser.close()
+            except AmbiError as error:
+                trace(error)
             self.done = True
 
     # Requests
@@ -247,6 +252,17 @@ class Shim:
     def processes(self, _request: Request) -> dict[str, Any]:
         return {"processes": self._running().processes()}
 
+    def tree(self, request: Request) -> None:
+        """Answered when it is done."""
+        if self._phase == "ended":
+            raise Conflict(f"instance {self.spec.id[:12]} has ended")
+        found: object = self._created
+        if self._phase == "new":
+            plan = LaunchPlan.load(Path(self.spec.data_dir))
+            driver = self._driver or drivers.load(plan.isolation.value)
+            found = self._browser.open(driver, plan, Deadline.after(_seconds(request, START_SECONDS)))
+        trees.begin(found, request)
+
     def netns(self, request: Request) -> None:
         """The network namespace of the instance, a descriptor of which goes with the answer."""
         fd = netns.opened(self._netns, self._running().init.pid)
@@ -266,6 +282,7 @@ class Shim:
     def delete(self, request: Request) -> None:
         """Answered at the end of the run, which this brings about."""
         by_s = _seconds(request, DELETE_SECONDS)
+        self._browser.close()
         self._deletions.append(request)
         if self._phase == "new":
             self._end(None)
@@ -397,6 +414,7 @@ HANDLERS: dict[str, Callable[[Shim, Request], dict[str, Any] | None]] = {
     "state": Shim.state,
     "usage": Shim.usage,
     "processes": Shim.processes,
+    "tree": Shim.tree,
     "netns": Shim.netns,
     "plug_nic": Shim.plug_nic,
     "unplug_nic": Shim.unplug_nic,
