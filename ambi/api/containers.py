@@ -138,10 +138,6 @@ def top(call: Call) -> Reply:
 
 
 _NOT_YET = {
-    "archive": "copying files to or from a container",
-    "changes": "listing what a container has changed",
-    "commit": "making an image of a container",
-    "export": "exporting a container",
     "pause": "pausing a container",
     "unpause": "pausing a container",
     "update": "changing the limits of a container",
@@ -169,9 +165,4 @@ ROUTES = (
     Route("POST", "/containers/{}/pause", refuse),
     Route("POST", "/containers/{}/unpause", refuse),
     Route("POST", "/containers/{}/update", refuse),
-    Route("GET", "/containers/{}/changes", refuse),
-    Route("GET", "/containers/{}/export", refuse),
-    Route("GET", "/containers/{}/archive", refuse),  # HEAD too
-    Route("PUT", "/containers/{}/archive", refuse),
-    Route("POST", "/commit", refuse),
 )

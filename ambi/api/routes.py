@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ambi.api import containers, events, images, logs, networks, ours, registry, stats, streams, system
+from ambi.api import containers, events, images, logs, networks, ours, registry, stats, streams, system, trees
 from ambi.api.router import Router
 
 ROUTER = Router(
@@ -11,6 +11,7 @@ ROUTER = Router(
     streams.ROUTES,
     logs.ROUTES,
     stats.ROUTES,
+    trees.ROUTES,
     images.ROUTES,
     registry.ROUTES,
     events.ROUTES,

@@ -74,7 +74,7 @@ def _run(core: Core, record: Record) -> Run:
     """The run to attach to: the present one, or that of the next start, whose shim is spawned now."""
     with core.mutex:
         run = record.run
-        if run is not None and run.exit is None:
+        if run is not None and run.exit is None and not run.looks:
             return run
     with record.lock:
         check_present(record)

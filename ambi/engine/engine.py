@@ -8,17 +8,17 @@ from __future__ import annotations
 import os
 import secrets
 import socket
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from ambi.core.deadline import Deadline
 from ambi.core.errors import Conflict
 from ambi.core.model import ExecId, ExitStatus, InstanceId, Status, Usage
 from ambi.core.roots import Roots
-from ambi.engine import adopt, attach, create, doctor, execs, lifecycle, logs, query
+from ambi.engine import adopt, attach, commit, create, doctor, execs, lifecycle, logs, query, trees
 from ambi.engine.bus import EventStream
 from ambi.engine.core import Core
 from ambi.engine.filters import Filters
@@ -231,6 +231,30 @@ class Engine:
         if run is None or not record.state.running:
             raise Conflict(f"Container {record.id} is not running")
         return run
+
+    def path_stat(self, id: str, path: str) -> trees.PathStat:
+        """What is at `path` in the instance, running or not. Raises NotFound (`Could not find the file ...`)."""
+        return trees.stat(self._core, id, path)
+
+    def archive(self, id: str, path: str) -> AbstractContextManager[tuple[trees.PathStat, BinaryIO]]:
+        """What is at `path` as a tar stream; the end of the `with` raises what went wrong after its beginning."""
+        return trees.get(self._core, id, path)
+
+    def unpack(self, id: str, path: str, chunks: Iterable[bytes], *, no_overwrite: bool, copy_ids: bool) -> None:
+        """Put a plain tar archive into the directory `path`. Raises NotFound, InvalidRequest (no directory, read-only)."""
+        trees.put(self._core, id, path, chunks, no_overwrite=no_overwrite, copy_ids=copy_ids)
+
+    def changes(self, id: str) -> Sequence[trees.Change]:
+        """What the instance has changed in its image, by path."""
+        return trees.changes(self._core, id)
+
+    def export(self, id: str) -> AbstractContextManager[BinaryIO]:
+        """The whole root as a tar stream."""
+        return trees.export(self._core, id)
+
+    def commit(self, id: str, wanted: commit.Wanted, *, pause: bool) -> str:
+        """An image of the instance's changes on its own image; its id."""
+        return commit.commit(self._core, id, wanted, pause=pause)
 
     def events(self, since_ns: int | None, until_ns: int | None, filters: Filters) -> EventStream:
         """Replay from `since_ns`, then live; with `until_ns` it ends there. Registered when this returns."""

@@ -62,19 +62,19 @@ def _start_on(core: Core, record: Record, net: Attachment) -> None:
     data = core.roots.instance_data(record.id)
     prepared = spec.prepare(record.id, record.row.isolation, record.row.spec, data, net.files)
     mounts.make_sources(prepared.binds)
-    plan = spec.plan(record.id, record.row.isolation, record.row.spec, _layers(core, record), core.roots, prepared)
+    plan = spec.plan(record.id, record.row.isolation, record.row.spec, layers_of(core, record), core.roots, prepared)
     try:
         write_whole(data / LAUNCH_FILE, plan.to_json())
         (data / "exit.json").unlink(missing_ok=True)
     except OSError as error:
         raise from_os_error(f"cannot start container {record.id}", error) from error
-    run = _waiting_run(core, record) or core.shims.spawn(record)
+    run = waiting_run(core, record) or core.shims.spawn(record)
     core.wait_for(lambda: record.attaching == 0, soon())
     with core.mutex:
         waiting = list(record.tickets)
     for ticket in waiting:
         ticket.share(run.connection)
-    run.starting, record.oom_told = True, False
+    run.starting, run.failed, run.looks, record.oom_told = True, False, 0, False
     try:
         answer = run.connection.call("start", fds=net.descriptors(), by=Deadline.after(START_S))
     except AmbiError:
@@ -101,7 +101,7 @@ def _start_on(core: Core, record: Record, net: Attachment) -> None:
         core.finish(record, run)
 
 
-def _waiting_run(core: Core, record: Record) -> Run | None:
+def waiting_run(core: Core, record: Record) -> Run | None:
     """The shim that clients have been attached to, if it still lives."""
     with core.mutex:
         run = record.run
@@ -111,7 +111,7 @@ def _waiting_run(core: Core, record: Record) -> Run | None:
     return run
 
 
-def _layers(core: Core, record: Record) -> Layers:
+def layers_of(core: Core, record: Record) -> Layers:
     form: Literal["erofs"] | None = "erofs" if record.row.isolation is Isolation.VM else None
     try:
         image = core.store.resolve(record.row.image_id)

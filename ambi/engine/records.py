@@ -23,15 +23,16 @@ class Run:
 
     starting: a start is on its way. started: init runs or ran, and is recorded so. failed: the start failed. exit: how init
     ended, known before `gone`. recorded: so is its end. gone: the connection has ended, and what the kernel held of the
-    instance is free.
+    instance is free. looks: how often somebody has looked into the root by a shim that runs nothing.
     """
 
-    __slots__ = ("connection", "exit", "failed", "gone", "recorded", "started", "starting")
+    __slots__ = ("connection", "exit", "failed", "gone", "looks", "recorded", "started", "starting")
 
     connection: ShimConnection
 
     def __init__(self) -> None:
         self.failed = False
+        self.looks = 0
         self.recorded = False
         self.starting = False
         self.started = False

@@ -256,12 +256,21 @@ class Shim:
         """Answered when it is done."""
         if self._phase == "ended":
             raise Conflict(f"instance {self.spec.id[:12]} has ended")
+        if request.body.get("verb") == trees.LEAVE:
+            self._leave(request)
+            return
         found: object = self._created
         if self._phase == "new":
             plan = LaunchPlan.load(Path(self.spec.data_dir))
             driver = self._driver or drivers.load(plan.isolation.value)
             found = self._browser.open(driver, plan, Deadline.after(_seconds(request, START_SECONDS)))
         trees.begin(found, request)
+
+    def _leave(self, request: Request) -> None:
+        """Nobody looks any more into the root that was prepared: let go of it, and end when that was all."""
+        self._browser.close()
+        self.done = self._phase == "new" and not self._hub.clients
+        request.answer({"ends": self.done})
 
     def netns(self, request: Request) -> None:
         """The network namespace of the instance, a descriptor of which goes with the answer."""

@@ -14,6 +14,7 @@ from ambi.core.undo import Undo
 from ambi.shim.control import Request
 
 FIELDS = ("verb", "path", "follow", "no_overwrite_dir_non_dir", "copy_ids")
+LEAVE = "leave"
 CLOSE_SECONDS = 15.0  # a guest writes back its disk
 
 
