@@ -189,3 +189,21 @@ def test_a_damaged_record(tmp_path: Path, text: str) -> None:
     (tmp_path / store.RECORD).write_text(text)
     with pytest.raises(Corrupt):
         store.read_record(tmp_path)
+
+
+def test_a_module_is_carried_without_what_the_guest_does_not_read(tmp_path: Path) -> None:
+    source, module = tmp_path / "m.c", tmp_path / "m.ko"
+    source.write_text(
+        "int kept(void) { return 42; }\n"
+        '__attribute__((section(".BTF"))) char types[64] = "types";\n'
+        '__attribute__((section(".orc_unwind_ip"))) int (*unwind)(void) = kept;\n'
+    )
+    subprocess.run(["gcc", "-c", "-o", module, source], check=True)
+    before = module.read_bytes()
+    slim = initramfs.slimmed(before)
+    assert len(slim) == len(before)
+    module.write_bytes(slim)
+    shown = subprocess.run(["readelf", "-SW", module], check=True, capture_output=True, text=True).stdout
+    assert "types" not in shown and ".BTF" not in shown
+    assert " .text " in shown and " .orc_unwind_ip " not in shown and " .rela.orc_unwind_ip " in shown
+    assert initramfs.slimmed(b"no module") == b"no module"
