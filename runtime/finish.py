@@ -153,6 +153,12 @@ def bounding_set() -> int:
     return _bounding
 
 
+def warm() -> None:
+    """Do what is done once in a process, so that children find it done."""
+    bounding_set()
+    Calls().make()
+
+
 def take_identity(calls: Calls, spec: dict[str, Any], identity: Identity) -> Powers:
     """Append to `calls` what makes the process `identity`, with all capabilities still; the bounding set is limited.
 

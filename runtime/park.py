@@ -19,7 +19,7 @@ from typing import NoReturn
 from ambi.core.deadline import Deadline
 from ambi.core.errors import AmbiError
 from ambi.linux import memfd, process
-from runtime import init, spawn
+from runtime import finish, init, spawn
 from runtime.cgroups.hierarchies import Hierarchies
 from runtime.cgroups.v1 import V1Group
 
@@ -38,6 +38,7 @@ class Starter:
     def make(cls, hierarchies: Hierarchies) -> Starter:
         """Fork one, and remove what killed ones have left; OSError when the cgroups cannot be made."""
         cls.sweep(hierarchies, PARENT)
+        finish.warm()
         group = V1Group(hierarchies, PARENT / f"{_PREFIX}{os.getpid()}")
         group.make()
         ours, theirs = spawn.Channel.pair()

@@ -2,8 +2,8 @@
 
 `clone3` is the raw call with Python's fork handlers around it and the interpreter's lock held: else a child of a process
 with threads could wait for ever for a lock whose holder it does not have. The C library's handlers, for malloc's locks, are
-not run: use it in a single-threaded process, for a child that ends in execve or `os._exit` whatever happens, with all signals
-blocked around it.
+not run: use it in a single-threaded process, for a child that ends in execve or `os._exit` whatever happens, with all
+signals blocked around it.
 """
 
 from __future__ import annotations
