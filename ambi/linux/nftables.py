@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import ctypes
 import json
+import socket
 import threading
 from typing import Any
 
 from ambi.core.errors import Conflict, Forbidden, Internal, NotFound, Unsupported
 
 _LIBRARY = "libnftables.so.1"
+_NETLINK_NETFILTER = 12  # linux/netlink.h
 _OUTPUT_JSON, _OUTPUT_TERSE = 1 << 4, 1 << 11  # NFT_CTX_OUTPUT_..., nftables/libnftables.h
 
 
@@ -37,6 +39,16 @@ def _load() -> ctypes.CDLL:
     return library
 
 
+def _check_kernel() -> None:
+    """libnftables ends the process (exit status 3) when it cannot have this socket."""
+    try:
+        socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, _NETLINK_NETFILTER).close()
+    except OSError as error:
+        raise Unsupported(
+            f"cannot use nftables: this kernel has none ({error.strerror})", hint="modprobe nfnetlink nf_tables"
+        ) from error
+
+
 class Nftables:
     """A connection to the rule sets of the network namespace in which the calling thread is when this is made.
 
@@ -45,6 +57,7 @@ class Nftables:
 
     def __init__(self) -> None:
         self._library = _load()
+        _check_kernel()
         self._lock = threading.Lock()
         self._context = self._library.nft_ctx_new(0)
         if not self._context:

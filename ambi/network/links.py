@@ -56,7 +56,7 @@ def mtu_of(network: Network) -> int:
     """The MTU that the network's options ask for, 0 for none. Raises InvalidRequest."""
     asked = network.options.get(_OPTION_MTU, "0")
     if not asked.isdecimal() or not (asked == "0" or 68 <= int(asked) <= 65535):
-        raise InvalidRequest(f"invalid value for {_OPTION_MTU}: '{asked}'", hint="a number from 68 to 65535")
+        raise InvalidRequest(f"failed to parse {_OPTION_MTU} value: {asked}", hint="a number from 68 to 65535")
     return int(asked)
 
 

@@ -11,6 +11,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -177,6 +178,9 @@ def test_firewalld(lab: Lab, private_etc: Callable[..., list[str]], tmp_path: Pa
         scene.flows()
         lab.host.net.close_down()
         assert rules(lab) == before
+        run(lab, *inside, sys.executable, "-c", "from ambi.network.firewall import trust; trust(['ambi+', 'lab-br0'])")
+        zone = run(lab, *inside, "firewall-cmd", "--zone=trusted", "--list-interfaces")
+        assert sorted(zone.split()) == ["ambi+", "lab-br0"], "the way into a firewalld that owns its table"
         stop()
         scene = Scene(lab, scene)
         start()

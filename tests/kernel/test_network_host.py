@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import socket
 import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -16,6 +18,7 @@ from ambi.network.model import Port
 from tests.netkit import HOST4, HOST6, OUTSIDE4, OUTSIDE6, Host, Lab, network
 
 UDP = socket.SOCK_DGRAM
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -267,6 +270,22 @@ def test_forwarding_is_switched_on_when_needed(lab: Lab) -> None:
     assert (read("ipv4/ip_forward"), read("ipv6/conf/all/forwarding")) == ("1", "0")
     lab.host.net.ensure(network("fd01::/64", name="six"))
     assert (read("ipv6/conf/all/forwarding"), read("ipv6/conf/up0/accept_ra")) == ("1", "2")
+
+
+@pytest.mark.parametrize("internal", [False, True])
+def test_without_the_right_to_change_networks(lab: Lab, internal: bool) -> None:
+    """The error names the network, and nothing is half made."""
+    script = (
+        "from tests.netkit import network; from ambi.network.host import NetworkHost\n"
+        "from ambi.core.errors import AmbiError\n"
+        f"try: NetworkHost().ensure(network('10.1.0.0/24', name='one', internal={internal}))\n"
+        "except AmbiError as error: print(type(error).__name__, error, error.hint)"
+    )
+    argv = ["setpriv", "--bounding-set", "-net_admin", sys.executable, "-c", script]
+    done = lab.host.do(subprocess.run, argv, capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.startswith("Forbidden "), (done.stdout, done.stderr)
+    assert "CAP_NET_ADMIN" in done.stdout
+    assert names(lab) == {"lo", "up0"} and nft(lab, "list", "tables") == ""
 
 
 def test_routes_of_the_host(lab: Lab) -> None:
