@@ -30,6 +30,7 @@ _WORKS = frozenset(
         "GlobalIPv6Address",
         "GlobalIPv6PrefixLen",
         "DNSNames",
+        "GwPriority",
     )
 )  # fmt: skip  what an instance has at run time may come back in a request, and is not looked at
 
@@ -54,7 +55,8 @@ def asked_for(spec: CreateSpec) -> tuple[Endpoint, ...]:
     links = list(spec.host.get("Links") or ())
     if links:
         first = {**first, "Links": list(dict.fromkeys([*(first.get("Links") or ()), *links]))}
-    return (Endpoint(mode, first), *(Endpoint(name, given[name] or {}) for name in sorted(given)))
+    found = [Endpoint(mode, first), *(Endpoint(name, given[name] or {}) for name in sorted(given))]
+    return tuple(sorted(found, key=lambda e: -int(e.asked.get("GwPriority") or 0)))  # stable
 
 
 def check(spec: CreateSpec, isolation: Isolation) -> None:
@@ -85,6 +87,9 @@ def check(spec: CreateSpec, isolation: Isolation) -> None:
                 hint="leave --link out",
             )
         return
+    given = Body("NetworkingConfig", spec.networking).object("EndpointsConfig")
+    for name in given.data:
+        check_endpoint(Endpoint(DEFAULT_NETWORK if name in _DEFAULTS else name, given.object(name).data))
     for endpoint in asked_for(spec):
         check_endpoint(endpoint)
 
@@ -140,6 +145,7 @@ def check_endpoint(endpoint: Endpoint) -> None:
     if body.text("MacAddress"):
         check_mac(body.text("MacAddress"))
     body.texts("DriverOpts")
+    body.number("GwPriority")
 
 
 def split_link(text: str) -> tuple[str, str]:

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, NamedTuple
 
-from ambi.core.errors import Conflict, NotFound
+from ambi.core.errors import AmbiError, Conflict, NotFound
 from ambi.core.plan import LaunchPlan
 from ambi.core.roots import Roots
 from ambi.engine.endpoints import split_link
 from ambi.engine.netstate import Endpoint
 from ambi.engine.records import Record
+from ambi.network.host import link_of
 from ambi.network.model import DEFAULT_NETWORK, Network
 
 if TYPE_CHECKING:
     from ambi.engine.core import Core
     from ambi.engine.networks import Networks
-    from ambi.network.netd.client import Netd
+    from ambi.network.netd.client import NamedEndpoint, Netd
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +51,7 @@ def of(networks: Networks, record: Record) -> Names:
         network = networks.find(endpoint.network)
         if network.name == DEFAULT_NETWORK:
             links += _default_links(networks, record, endpoint)
-        elif not servers:
+        if not servers and serves(network):
             servers = tuple(pool.gateway for pool in network.pools[:2])
     gateways = [a.gateway for e in endpoints if e.nic and e.nic.default_route for a in e.nic.addresses if a.gateway]
     wanted = any("host-gateway" in text for text in record.row.spec.host.get("ExtraHosts") or ())
@@ -95,9 +96,10 @@ def names_of(record: Record, endpoint: Endpoint) -> list[str]:
 class NameService:
     """netd, started when the first network needs it."""
 
-    def __init__(self, roots: Roots) -> None:
-        self._roots = roots
+    def __init__(self, roots: Roots, tag: str) -> None:
+        self._roots, self._tag = roots, tag
         self._lock = threading.Lock()
+        self._telling = threading.Lock()  # so that what is told last is what is so
         self._netd: Netd | None = None
 
     def netd(self) -> Netd:
@@ -110,15 +112,80 @@ class NameService:
 
     def warm_up(self) -> None:
         """Have it run before somebody waits for it."""
+        threading.Thread(target=self._warm, name="warm-netd", daemon=True).start()
 
-    def tell(self, network: Network, live: Iterable[tuple[Record, Endpoint]]) -> None:
-        """Have it answer for `live` on `network`. That it cannot is logged: an instance does without, and it is told again
-        when it runs."""
-        if network.name == DEFAULT_NETWORK or network.driver != "bridge":
+    def _warm(self) -> None:
+        try:
+            self.netd().warm_up()
+        except AmbiError as error:
+            log.warning("%s", error)
+
+    def tell(self, network: Network, live: Callable[[], Iterable[tuple[Record, Endpoint]]]) -> None:
+        """Have it answer for `live()` on `network`.
+
+        That it cannot is logged: the instances do without, and it is told again when it runs.
+        """
+        if not serves(network):
             return
+        from ambi.network.netd.client import NetworkNames
+
+        try:
+            with self._telling:
+                members = list(live())
+                rows = tuple(_named(network, record, endpoint, members) for record, endpoint in members)
+                gateways = tuple(pool.gateway for pool in network.pools)
+                subnets = tuple(pool.subnet for pool in network.pools)
+                bridge = link_of(network, self._tag)
+                table = NetworkNames(network.name, bridge, gateways, subnets, network.internal, rows)
+                self.netd().network(network.id, table)
+        except AmbiError as error:
+            log.error("names on network %s: %s", network.name, error)
 
     def forget(self, network_id: str) -> None:
         """The network is gone."""
+        try:
+            with self._telling:
+                self.netd().network(network_id, None)
+        except AmbiError as error:
+            log.error("names of network %s: %s", network_id[:12], error)
+
+    def keep(self, networks: list[str], keys: list[str]) -> None:
+        """Drop what a netd still serves that has outlived an engine. One that does not run has nothing."""
+        if self._roots.netd_socket.exists():
+            self.netd().keep(networks, keys)
 
     def close(self, *, idle: bool) -> None:
         """Let go of it; it serves on unless nothing runs."""
+        if self._netd is not None or (idle and self._roots.netd_socket.exists()):
+            self.netd().close(stop=idle)
+
+
+def serves(network: Network) -> bool:
+    """Whether the gateway answers for names. On the default bridge there are none, as with Docker: it has the host's
+    resolvers, and the gateway forwards only where those can be reached by the host alone."""
+    return network.driver == "bridge" and (network.name != DEFAULT_NETWORK or only_local_resolvers())
+
+
+def only_local_resolvers() -> bool:
+    try:
+        with open("/etc/resolv.conf", encoding="utf-8", errors="replace") as file:
+            servers = [words[1] for words in map(str.split, file) if len(words) > 1 and words[0] == "nameserver"]
+    except OSError:
+        servers = []
+    return all(server.startswith("127.") or server == "::1" for server in servers)
+
+
+def _named(network: Network, record: Record, endpoint: Endpoint, members: list[tuple[Record, Endpoint]]) -> NamedEndpoint:
+    from ambi.network.netd.client import NamedEndpoint
+
+    addresses = tuple(a.address for a in endpoint.nic.addresses) if endpoint.nic else ()
+    servers = tuple(record.row.spec.host.get("Dns") or ())
+    if network.name == DEFAULT_NETWORK:
+        return NamedEndpoint(record.id, (), addresses, {}, servers)
+    links = {}
+    for text in endpoint.links:
+        name, alias = split_link(text)
+        for other, _ in members:
+            if name in (other.name, other.id) or other.id.startswith(name):
+                links[alias] = str(other.id)
+    return NamedEndpoint(record.id, tuple(names_of(record, endpoint)), addresses, links, servers)

@@ -83,7 +83,7 @@ class Networks:
         self._core = core
         self.registry = core.registry
         self.host = NetworkHost(tag_of(core.roots.run))
-        self.names = netnames.NameService(core.roots)
+        self.names = netnames.NameService(core.roots, self.host.tag)
         self.lock = threading.RLock()  # over the networks and over who has which address; held for moments
         self._networks: dict[str, Network] = {n.id: n for n in (_NONE, _HOST)}
         self._making: set[str] = set()  # names of networks that a create is at
@@ -284,6 +284,7 @@ class Networks:
             with self.lock:
                 networks = list(self._networks.values())
             self.host.sweep(networks, [record.id for record in alive])
+            self.names.keep([network.id for network in networks], [record.id for record in alive])
             used = {e.network for record in alive for e in self.state(record).endpoints if e.nic}
             for network in networks:
                 if network.id in used:
@@ -447,7 +448,7 @@ class Networks:
 
     def tell_names(self, network: Network) -> None:
         """Have netd answer for who is on `network` now."""
-        self.names.tell(network, list(self.live(network.id)))
+        self.names.tell(network, lambda: self.live(network.id))
 
     def counters(self, record: Record) -> dict[str, dict[str, int]]:
         """Of each interface by its name: rx_bytes, tx_packets, ... as the instance sees them."""

@@ -72,6 +72,7 @@ def _resolve(networks: Networks, body: Body, name: str, driver: str) -> Network:
     options = body.texts("Options")
     if driver == "bridge":
         _check_options(options)
+    networks.default()  # has its subnet first, so that it is the same however many others come
     pools = [_pool(entry) for entry in asked.objects("Config")]
     routes = networks.host.routes()
     own = [pool for pool in pools if pool.subnet]

@@ -117,4 +117,8 @@ def _unpublish(networks: Networks, record: Record) -> None:
 
 
 def restore(networks: Networks, record: Record) -> None:
-    """After an engine has started again: the ports that `record` has published before it, as they were."""
+    """After an engine has started again: the ports that `record` has published before it, as they were. Idempotent."""
+    published = networks.state(record).ports
+    if published:
+        networks.names.netd().publish(record.id, list(published))
+        networks.host.publish(record.id, published)
