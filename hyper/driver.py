@@ -63,6 +63,13 @@ class VmDriver:
         machine.boot(by)
         return machine
 
+    def browse(self, plan: LaunchPlan, undo: Undo, by: Deadline, loop: Loop) -> Browser:
+        """The plan's root in a guest that runs nothing. What is changed there is kept, whatever the workload's would be."""
+        process = {**plan.config["process"], "terminal": False}
+        annotations = {**(plan.config.get("annotations") or {}), translate.DISPOSABLE_ANNOTATION: "0"}
+        config = {**plan.config, "process": process, "annotations": annotations}
+        return Browser(self.create(plan._replace(config=config, stdin=False), undo, by, loop))
+
     def sweep(self, plan: LaunchPlan) -> None:
         cgroup = Cgroup(plan.config["linux"]["cgroupsPath"])
         cgroup.kill()
@@ -74,3 +81,15 @@ class VmDriver:
         except OSError:  # never made
             pass
         (plan.run_dir / CONSOLE_FILE).unlink(missing_ok=True)
+
+
+class Browser:
+    """What `browse` returns: a guest to be looked into, and its end."""
+
+    def __init__(self, machine: VirtualMachine) -> None:
+        self.tree = machine.tree
+        self._machine = machine
+
+    def delete(self, by: Deadline) -> None:
+        self._machine.delete(by)
+        self._machine.init.abandon()

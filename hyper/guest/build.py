@@ -10,18 +10,24 @@ import tempfile
 from pathlib import Path
 
 from ambi.core.errors import Internal, Unsupported
+from ambi.linux import tree
 
 SOURCES = Path(__file__).parent / "agent"
+TREE = Path(tree.__file__).parent  # what looks into a root, by itself a program for containers
 FLAGS = (
     *("-std=gnu11", "-D_GNU_SOURCE", "-O2", "-static", "-fstack-protector-strong", "-ffunction-sections"),
     *("-Wall", "-Wextra", "-Werror", "-Wl,--gc-sections", "-s"),
 )
 
 
+def _sources(pattern: str) -> list[Path]:
+    return sorted(SOURCES.glob(pattern)) + sorted(path for path in TREE.glob(pattern) if path.name != "start.c")
+
+
 def build_id() -> str:
     """Of what the agent is made of: its sources and how they are compiled."""
     digest = hashlib.sha256(repr(FLAGS).encode())
-    for path in sorted(SOURCES.glob("*.[ch]")):
+    for path in _sources("*.[ch]"):
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:12]
 
@@ -43,8 +49,8 @@ def build_agent(out: Path) -> Path:
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out, prefix=".agent-") as scratch:
         made = Path(scratch) / "agent"
-        sources = sorted(str(path) for path in SOURCES.glob("*.c"))
-        command = [compiler, *FLAGS, f'-DBUILD_ID="{ident}"', "-o", str(made), *sources]
+        sources = [str(path) for path in _sources("*.c")]
+        command = [compiler, *FLAGS, f"-I{TREE}", f'-DBUILD_ID="{ident}"', "-o", str(made), *sources]
         run = subprocess.run(command, check=False, capture_output=True, text=True)
         if run.returncode:
             raise _refused(run.stderr)

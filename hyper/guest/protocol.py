@@ -56,6 +56,7 @@ class Type(IntEnum):
     POWER_OFF = 0x0E
     PING = 0x0F
     DISK_SYNC = 0x10
+    TREE = 0x13
     READY = 0x80
     HELLO_OK = 0x81
     OK = 0x82
@@ -142,6 +143,23 @@ class ProcessTag(IntEnum):
     RLIMIT = 20
     OOM_SCORE_ADJ = 21
     GROUP_NAME = 22
+
+
+class TreeTag(IntEnum):
+    VERB = 1
+    PATH = 2
+    FLAGS = 3
+    EXCLUDED = 4
+    USER = 5
+    UID = 6
+    GID = 7
+
+
+class TreeAnswer(IntEnum):
+    SIZE = 1
+    MODE = 2
+    MTIME_NS = 3
+    LINK = 4
 
 
 Value = Union[int, str, bytes, "Items"]

@@ -39,6 +39,7 @@ class Outlet:
         "_stream",
         "_terminal",
         "_watched",
+        "on_broken",
     )
 
     def __init__(self, loop: Loop, link: Link, ident: int, stream: int, fd: int, *, terminal: bool) -> None:
@@ -53,6 +54,11 @@ class Outlet:
         self._returned = 0
         self._ended = False
         self._watched = False
+        self.on_broken: Callable[[], None] | None = None  # called once when nobody reads any more
+
+    @property
+    def closed(self) -> bool:
+        return self._fd < 0
 
     def push(self, data: bytes) -> None:
         """Raises Corrupt when the guest sent more than it may."""
@@ -82,6 +88,9 @@ class Outlet:
         except OSError:  # nobody reads any more: the process goes on, and what it says is dropped
             taken += len(self._pending)
             self._pending.clear()
+            broken, self.on_broken = self.on_broken, None
+            if broken is not None:
+                broken()
         if self._fd < 0:
             taken += len(self._pending)
             self._pending.clear()

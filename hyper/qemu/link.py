@@ -46,12 +46,13 @@ class Host(Protocol):
 
 
 class Answer:
-    """A place for the answer of one request; `message` is None until it has come."""
+    """A place for the answer of one request; `message` is None until it has come, then `done` is called with it."""
 
-    __slots__ = ("message",)
+    __slots__ = ("done", "message")
 
-    def __init__(self) -> None:
+    def __init__(self, done: Callable[[Message], None] | None = None) -> None:
         self.message: Message | None = None
+        self.done = done
 
 
 class Link:
@@ -79,11 +80,13 @@ class Link:
         self._write(SYNC)
         self._wait(lambda: self._decoder.synced, by, "the guest's agent")
 
-    def request(self, kind: Type, items: Items = (), *, ident: int | None = None) -> Answer:
+    def request(
+        self, kind: Type, items: Items = (), *, ident: int | None = None, done: Callable[[Message], None] | None = None
+    ) -> Answer:
         """Send a message that will be answered."""
         if ident is None:
             self._last_id = ident = max(REQUEST_IDS, (self._last_id + 1) & 0xFFFF_FFFF)
-        answer = Answer()
+        answer = Answer(done)
         self._answers.setdefault(ident, deque()).append(answer)
         self._write(encode(kind, ident, items))
         return answer
@@ -176,9 +179,12 @@ class Link:
             queue = self._answers.get(message.ident)
             if not queue:
                 raise Corrupt("the guest answered what it was not asked")
-            queue.popleft().message = message
+            answer = queue.popleft()
+            answer.message = message
             if not queue:
                 del self._answers[message.ident]
+            if answer.done is not None:
+                answer.done(message)
         elif message.kind is Type.LOG:
             self._host.log(message.fields.text(1))
         elif message.kind not in (Type.SYNCED, Type.READY):

@@ -14,6 +14,7 @@ from ambi.core.model import Status, Usage
 from ambi.core.plan import LaunchPlan
 from hyper import translate
 from hyper.guest.protocol import INIT_ID, VERSION, HelloTag, Items, Type
+from hyper.qemu import tree
 from hyper.qemu.cgroup import Cgroup
 from hyper.qemu.console import Console
 from hyper.qemu.guest_process import GuestProcess
@@ -21,6 +22,7 @@ from hyper.qemu.jail import Child
 from hyper.qemu.link import Link
 from hyper.qemu.qmp import Qmp
 from hyper.qemu.share import Server
+from hyper.qemu.tree import Look, TreeDone
 
 VMM_DIED = 137  # the exit code of every process of a VM whose VMM ended
 POWER_OFF_S = 10.0
@@ -53,6 +55,7 @@ class VirtualMachine:
         self._usage = Usage(0, 0, 0, 0, 0, 0, 0, 0)
         self._next_id = INIT_ID + 1
         self._execs: dict[int, GuestProcess] = {}
+        self._looks: list[Look] = []
         self._failure = ""
         self._deleted = False
         self._link = Link(loop, agent, parts.vmm.pidfd, self)
@@ -112,6 +115,22 @@ class VirtualMachine:
         started.started(answer.fields.number(1))
         return started
 
+    def tree(self, request: dict[str, Any], fd: int | None, done: TreeDone) -> None:
+        """See ambi.core.driver.Browsable."""
+        try:
+            verb = tree.check(request, fd)
+            if self._link.ended:
+                raise Conflict("the virtual machine is not running")
+        except AmbiError as error:
+            if fd is not None:
+                os.close(fd)
+            self._loop.later(0, lambda failure=error: done(failure))  # type: ignore[misc]
+            return
+        self._next_id, ident = self._next_id + 1, self._next_id
+        self._looks = [look for look in self._looks if not look.over]
+        self._looks.append(Look(self._loop, self._link, ident, verb, fd, done))
+        self._looks[-1].begin(tree.items(self._plan, request))
+
     # questions
 
     def state(self) -> Status:
@@ -166,6 +185,8 @@ class VirtualMachine:
             self._keep_console()
         for process in (self.init, *self._execs.values()):
             process.lost(VMM_DIED, self._failure)
+        for look in self._looks:
+            look.lost(self._failure)
 
     def _keep_console(self) -> None:
         self._parts.console.drain()
@@ -202,6 +223,8 @@ class VirtualMachine:
         self._link.close()
         for process in (self.init, *self._execs.values()):
             process.close()
+        for look in self._looks:
+            look.close()
         self._parts.qmp.close()
         self._parts.console.close()
         for server in self._parts.servers:

@@ -2,6 +2,7 @@
 #include "boot.h"
 #include "cgroup.h"
 #include "fields.h"
+#include "look.h"
 #include "tasks.h"
 #include "workload.h"
 
@@ -218,6 +219,10 @@ static void handle(struct agent *a, uint16_t type, uint32_t id, uint8_t *body, s
         power_off();
     case MSG_PING:
         answer_ok(a, id);
+        break;
+    case MSG_TREE:
+        if (!look_start(&a->workload, &a->processes, id, body, length, &e))
+            answer_error(a, id, &e);
         break;
     case MSG_DISK_SYNC:
         sync();

@@ -1,5 +1,6 @@
 #include "process.h"
 #include "fields.h"
+#include "look.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -18,7 +19,7 @@ struct process *process_new(struct processes *all, uint32_t id) {
     if (!p)
         return NULL;
     p->id = id;
-    p->peer = -1;
+    p->peer = p->answer = -1;
     for (int i = 0; i < STREAMS; i++) {
         p->watches[i] = (struct watch){p, i};
         p->fds[i] = -1;
@@ -206,7 +207,11 @@ void process_exited(struct process *p, int status) {
 
 static void send_exit(struct processes *all, struct process *p, uint64_t oom_kills) {
     struct buffer body = {0};
-    if (put_number(&body, 1, (uint64_t)p->code) && put_number(&body, 2, oom_kills)) {
+    if (p->answer >= 0) {
+        uint16_t type = look_answer(p->answer, p->code, &body);
+        port_send(all->port, type, p->id, &body);
+        p->exit_sent = true;
+    } else if (put_number(&body, 1, (uint64_t)p->code) && put_number(&body, 2, oom_kills)) {
         port_send(all->port, MSG_EXITED, p->id, &body);
         p->exit_sent = true;
     }
@@ -221,6 +226,8 @@ static int settle(struct processes *all, struct process *p, uint64_t oom_kills) 
     if (!p->exited || p->dead)
         return -1;
     uint64_t waited = now_ns(CLOCK_MONOTONIC) - p->exited_at;
+    if (!p->exit_sent && open && p->answer >= 0)
+        return -1; /* its end of the streams is its own: they end with it, once the host has taken all */
     if (!p->exit_sent && open && waited < EXIT_PATIENCE_NS)
         return (int)((EXIT_PATIENCE_NS - waited) / 1000000) + 1;
     if (!p->exit_sent)
@@ -241,7 +248,9 @@ void process_discard(struct processes *all, struct process *p) {
     }
     if (p->peer >= 0)
         close(p->peer);
-    p->peer = -1;
+    if (p->answer >= 0)
+        close(p->answer);
+    p->peer = p->answer = -1;
 }
 
 int processes_settle(struct processes *all, uint64_t oom_kills) {

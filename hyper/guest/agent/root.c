@@ -76,7 +76,8 @@ static int mount_layers(const struct setup *setup, struct error *e) {
 
 static int mount_overlay(const struct setup *setup, struct error *e) {
     char options[4096];
-    size_t used = (size_t)snprintf(options, sizeof(options), "upperdir=" DISK "/fs,workdir=" DISK "/work,lowerdir=");
+    size_t used = (size_t)snprintf(options, sizeof(options), "redirect_dir=nofollow,metacopy=off,index=off,xino=off,upperdir=" DISK
+                                                         "/fs,workdir=" DISK "/work,lowerdir=");
     for (unsigned i = (unsigned)setup->layers; i-- > 0;)
         used += (size_t)snprintf(options + used, sizeof(options) - used, "%u%s", i, i ? ":" : "");
     if (chdir(LAYERS) < 0)

@@ -186,6 +186,9 @@ int workload_setup(struct workload *w, uint8_t *body, size_t length, struct erro
     if ((w->cgroup = cgroup_make(e)) < 0 || cgroup_limit(&setup.limits, e) < 0 || root_assemble(&setup, e) < 0)
         return -1;
     debug("setup: root assembled");
+    w->layers = (unsigned)setup.layers;
+    w->foreign_root = setup.root_tag != NULL;
+    w->read_only = setup.read_only != 0;
     w->own_pid_namespace = open("/proc/self/ns/pid", O_RDONLY | O_CLOEXEC);
     if (start_waiting(w, &setup, e) < 0)
         return -1;

@@ -14,6 +14,8 @@ struct workload {
     int channel; /* to the waiting process */
     int cgroup;
     int own_pid_namespace;
+    unsigned layers;
+    bool foreign_root, read_only; /* of SETUP: the root is a directory of the host; it is to be read-only */
 };
 
 int workload_setup(struct workload *w, uint8_t *body, size_t length, struct error *e);
