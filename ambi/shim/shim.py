@@ -116,6 +116,7 @@ class Shim:
     def start(self, request: Request) -> dict[str, Any]:
         if self._phase != "new":
             raise Conflict(f"instance {self.spec.id[:12]} has been started already")
+        self._browser.close()
         by = Deadline.after(_seconds(request, START_SECONDS))
         self._netns = netns.taken(request.message)
         try:
