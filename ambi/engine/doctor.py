@@ -11,6 +11,7 @@ from ambi.core.model import Isolation
 from ambi.engine.core import Core
 from ambi.engine.types import Check
 from ambi.linux import capabilities
+from ambi.network import checks as network_checks
 from ambi.shim import drivers
 
 _FREE_BYTES = 1 << 30
@@ -21,6 +22,7 @@ def checks(core: Core) -> tuple[Check, ...]:
     found = [_kernel(), _cgroups(), _capabilities(), _disk(core), _layers(core), _zygote(core)]
     for isolation in Isolation:
         found.extend(_driver(isolation))
+    found.extend(Check(*finding) for finding in network_checks.checks())
     return tuple(found)
 
 

@@ -211,12 +211,16 @@ class NetworkHost:
 
         A veth whose network stays is left alone: it goes with the namespace of its other end.
         """
-        keep = {network.id for network in networks}
+        keep = {network.id: network for network in networks}
         with self._lock:
             self._ready = {name: value for name, value in self._ready.items() if name in keep}
+            for network in keep.values():
+                name = link_of(network, self.tag) if network.driver == "bridge" else ""
+                if name and _index(name):  # its instances must not be without rules for a moment
+                    self._rules.network(network.id, rules.of_network(network, name))
             with links.opened("sweep links") as route:
-                links.remove_all_but(route, keep, self.tag)
-            self._rules.keep_only(keep, keys)
+                links.remove_all_but(route, set(keep), self.tag)
+            self._rules.keep_only(set(keep), keys)
 
     def close_down(self) -> None:
         """Take away everything of ours: bridges, table, rules in foreign firewalls. Sysctls stay."""

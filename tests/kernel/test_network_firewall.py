@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from ambi.network import firewall, sysctl
+from ambi.network import checks, firewall, sysctl
 from ambi.network.model import Port
 from tests.netkit import HOST4, OUTSIDE4, OUTSIDE6, Instance, Lab, network
 from tests.peers import Dockerd
@@ -217,3 +217,17 @@ def test_other_engines_bridges_are_known_by_name(lab: Lab) -> None:
     for name in ("docker0", "br-0123456789ab", "br-lan", "virbr0", "eth7"):
         run(lab, "ip", "link", "add", name, "type", "bridge")
     assert lab.host.do(firewall.other_bridges) == ["br-0123456789ab", "docker0", "virbr0"]
+
+
+def test_what_doctor_says(lab: Lab) -> None:
+    """Nothing is made by looking; a chain that would drop our packets is named with the command that opens it."""
+    found = lab.host.do(checks.checks)
+    assert [(f.name, f.state) for f in found] == [("nftables", "ok"), ("forwarding", "ok")] and rules(lab) == []
+    scene = Scene(lab)
+    run(lab, "nft", "add", "table", "inet", "own")
+    run(lab, "nft", "add chain inet own forward { type filter hook forward priority 0; policy drop; }")
+    (warning,) = [f for f in lab.host.do(checks.checks) if f.state == "warning"]
+    assert warning.detail == "the chain inet own forward drops what is forwarded"
+    assert "out" in scene.blocked()
+    run(lab, "sh", "-c", warning.hint)
+    scene.flows()
