@@ -1,0 +1,7 @@
+"""`python -I -m ambi.network.netd`."""
+
+import sys
+
+from ambi.network.netd.server import main
+
+sys.exit(main(sys.argv[1:]))
