@@ -202,12 +202,11 @@ class Container:
         fds = (self._init.pidfd, *([] if cgroup is None else [cgroup]), *(stdio.theirs if stdio else []))
         try:
             execution = self._spares.execute(job, fds, by)
-            pidfd = os.pidfd_open(execution.pid)
-            undo.add("end the process", lambda: end_child(pidfd))
+            undo.add("end the process", lambda: end_child(execution.pidfd))
             fds_back = execution.finish(by)
             streams = stdio.streams if stdio else terminal_streams(fds_back)
             undo.add("close the streams", lambda: close_streams(streams))
-            return ContainerProcess(execution.pid, pidfd, streams, has_terminal, self._group)
+            return ContainerProcess(execution.pid, execution.pidfd, streams, has_terminal, self._group)
         finally:
             if stdio is not None:
                 stdio.close_theirs()

@@ -17,7 +17,7 @@ import select
 import signal
 
 from ambi.core.deadline import Deadline
-from ambi.core.errors import Internal, from_wire
+from ambi.core.errors import Internal, Unavailable, from_wire
 from ambi.core.loop import Loop, Timer
 from ambi.linux import memfd, process
 from runtime import exec as executor
@@ -163,11 +163,17 @@ class Spares:
 
 
 class Execution:
-    """A child that a helper has made and that is on its way to execve. pid: ours to reap."""
+    """A child that a helper has made and that is on its way to execve. pid, pidfd: ours to reap and to close."""
 
     def __init__(self, spares: Spares, helper: Helper, pid: int) -> None:
         self._spares, self._helper = spares, helper
         self.pid = pid
+        try:
+            self.pidfd = os.pidfd_open(pid)
+        except OSError as error:  # no descriptor left
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+            raise Unavailable(f"cannot watch the process of an exec: {error.strerror}") from error
 
     def finish(self, by: Deadline) -> list[int]:
         """Wait until its program runs; the descriptors that come with it. Raises what the helper reports."""
