@@ -51,5 +51,9 @@ def images(ctx: click.Context, parameter: click.Parameter, incomplete: str) -> l
     return sorted(name for name in names if name.startswith(incomplete) and name != "<none>:<none>")
 
 
+def networks(ctx: click.Context, parameter: click.Parameter, incomplete: str) -> list[str]:
+    return sorted(n for n in (str(row.get("Name")) for row in _ask(ctx, "/networks", {})) if n.startswith(incomplete))
+
+
 def either(ctx: click.Context, parameter: click.Parameter, incomplete: str) -> list[str]:
     return instances(ctx, parameter, incomplete) + images(ctx, parameter, incomplete)

@@ -26,7 +26,7 @@ class Entry(NamedTuple):
     summary: str
 
 
-INSTANCES, IMAGES, ENGINE = "Instances", "Images", "Engine"
+INSTANCES, IMAGES, NETWORKS, ENGINE = "Instances", "Images", "Networks", "Engine"
 COMMANDS: dict[str, Entry] = {
     "run": Entry(INSTANCES, "run", "run", "Create and start an instance of an image, and attach to it."),
     "create": Entry(INSTANCES, "run", "create", "Create an instance of an image, without starting it."),
@@ -41,9 +41,11 @@ COMMANDS: dict[str, Entry] = {
     "wait": Entry(INSTANCES, "lifecycle", "wait", "Wait until instances stop, and print their exit codes."),
     "rm": Entry(INSTANCES, "lifecycle", "rm", "Remove instances."),
     "rename": Entry(INSTANCES, "lifecycle", "rename", "Rename an instance."),
-    "inspect": Entry(INSTANCES, "inspect", "inspect", "Show everything about instances or images."),
+    "inspect": Entry(INSTANCES, "inspect", "inspect", "Show everything about instances, images or networks."),
     "top": Entry(INSTANCES, "top", "top", "List the processes of an instance."),
     "stats": Entry(INSTANCES, "stats", "stats", "Show what instances use, live."),
+    "port": Entry(INSTANCES, "port", "port", "Show where an instance's ports are published."),
+    "network": Entry(NETWORKS, "network", "network", "Manage networks."),
     "image": Entry(IMAGES, "image", "image", "Manage images."),
     "images": Entry(IMAGES, "image", "list_", "List images."),
     "pull": Entry(IMAGES, "registry", "pull", "Get an image from a registry."),
@@ -65,17 +67,10 @@ COMMANDS: dict[str, Entry] = {
 }
 
 
-_NO_PORTS = "there are no networks of ours yet, so no port is published; `--network host` uses the host's (containers only)"
 # What people who come from docker type, and does not exist yet: what to do instead.
 INSTEAD = {
-    "-p": _NO_PORTS,
-    "--publish": _NO_PORTS,
-    "-P": _NO_PORTS,
-    "--publish-all": _NO_PORTS,
-    "--expose": _NO_PORTS,
     "--restart": "leave it out, and start the instance again yourself: ambi start NAME",
     "--volumes-from": "bind the same directories of the host: -v /path:/path",
-    "--link": "leave it out: there are no networks of ours yet",
     "--gpus": "leave it out, or pass on a device: --device /dev/NAME",
 }
 
@@ -97,7 +92,7 @@ class LazyGroup(click.Group):
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        for section in (INSTANCES, IMAGES, ENGINE):
+        for section in (INSTANCES, IMAGES, NETWORKS, ENGINE):
             with formatter.section(section):
                 formatter.write_dl([(name, e.summary) for name, e in COMMANDS.items() if e.section == section])
 

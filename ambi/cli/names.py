@@ -24,6 +24,10 @@ def image_names(app: App) -> list[str]:
     return names + [name.removesuffix(":latest") for name in names if name.endswith(":latest")]
 
 
+def network_names(app: App) -> list[str]:
+    return [str(row["Name"]) for row in app.client.get("/networks")]
+
+
 @contextmanager
 def looked_up(app: App, name: str, names: Names = instance_names) -> Iterator[None]:
     """Within it, an error that `name` does not exist gets a hint: the name that is nearest, or how to list them."""
@@ -40,7 +44,8 @@ def _with_hint(app: App, error: NotFound, name: str, names: Names) -> NotFound:
         near = nearest(name, names(app))
     except AmbiError:
         near = ""
-    listing = "ambi images" if names is image_names else "ambi ps --all"
+    listings: dict[Names, str] = {image_names: "ambi images", network_names: "ambi network ls"}
+    listing = listings.get(names, "ambi ps --all")
     return NotFound(error.message, hint=f"did you mean {near}?" if near else error.hint or f"{listing} lists what there is")
 
 

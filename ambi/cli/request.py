@@ -11,7 +11,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from ambi.cli import humanize, mounts
+from ambi.cli import humanize, mounts, networking
 from ambi.cli.values import env_list, key_values
 from ambi.core.errors import InvalidRequest, from_os_error
 from ambi.core.words import is_address
@@ -55,8 +55,12 @@ def body_of(flags: dict[str, Any], image: str, command: Sequence[str], *, detach
         body["StopSignal"] = flags["stop_signal"]
     if flags["stop_timeout"] is not None:
         body["StopTimeout"] = flags["stop_timeout"]
-    body["HostConfig"] = _host(flags, body["Volumes"])
-    body["NetworkingConfig"] = {"EndpointsConfig": {}}
+    exposed, bindings = networking.ports(flags["publish"], flags["expose"])
+    if exposed:
+        body["ExposedPorts"] = exposed
+    mode, endpoints = networking.attachments(flags)
+    body["HostConfig"] = {**_host(flags, body["Volumes"]), "PortBindings": bindings, "NetworkMode": mode}
+    body["NetworkingConfig"] = {"EndpointsConfig": endpoints}
     return body
 
 
@@ -79,7 +83,8 @@ def _host(flags: dict[str, Any], volumes: dict[str, Any]) -> dict[str, Any]:
         "Binds": mounts.binds(flags["volume"], volumes) or None,
         "ContainerIDFile": flags["cidfile"] or "",
         "LogConfig": _log(flags["log_driver"], flags["log_opt"]),
-        "NetworkMode": flags["network"],
+        "Links": list(flags["link"]) or None,
+        "PublishAllPorts": bool(flags["publish_all"]),
         "AutoRemove": bool(flags["auto_remove"]),
         "CapAdd": capabilities(flags["cap_add"]) or None,
         "CapDrop": capabilities(flags["cap_drop"]) or None,

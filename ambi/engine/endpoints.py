@@ -14,25 +14,12 @@ from ambi.network.model import DEFAULT_NETWORK
 
 SHARED = "container:"
 _DEFAULTS = ("", "default", DEFAULT_NETWORK)
-_WORKS = frozenset(
-    (
-        "IPAMConfig",
-        "Links",
-        "Aliases",
-        "MacAddress",
-        "DriverOpts",
-        "NetworkID",
-        "EndpointID",
-        "Gateway",
-        "IPAddress",
-        "IPPrefixLen",
-        "IPv6Gateway",
-        "GlobalIPv6Address",
-        "GlobalIPv6PrefixLen",
-        "DNSNames",
-        "GwPriority",
-    )
-)  # fmt: skip  what an instance has at run time may come back in a request, and is not looked at
+# What an instance has at run time may come back in a request, and is not looked at.
+_WORKS = """
+    IPAMConfig Links Aliases MacAddress DriverOpts NetworkID EndpointID Gateway IPAddress IPPrefixLen IPv6Gateway
+    GlobalIPv6Address GlobalIPv6PrefixLen DNSNames GwPriority
+"""
+_SUPPORTED = frozenset(_WORKS.split())
 
 
 def mode_of(host: dict[str, Any]) -> str:
@@ -116,7 +103,7 @@ def check_endpoint(endpoint: Endpoint) -> None:
     """What one entry of EndpointsConfig asks for. Raises InvalidRequest."""
     body = Body(f"EndpointsConfig.{endpoint.name}", endpoint.asked)
     for key, value in body.data.items():
-        if key not in _WORKS and value:
+        if key not in _SUPPORTED and value:
             raise InvalidRequest(f"EndpointsConfig.{endpoint.name}.{key} is not supported", hint="leave it out")
     ipam = body.object("IPAMConfig")
     default = endpoint.name == DEFAULT_NETWORK

@@ -82,7 +82,7 @@ def _row(row: dict[str, Any], *, whole: bool) -> dict[str, object]:
         "Status": row["Status"],
         "State": row["State"],
         "Isolation": row.get("Isolation", ""),
-        "Ports": ", ".join(_port(port) for port in row.get("Ports") or ()),
+        "Ports": ", ".join(sorted(_port(port) for port in row.get("Ports") or ())),
         "Names": ",".join(name.removeprefix("/") for name in row.get("Names") or ()),
         "Labels": ",".join(f"{key}={value}" for key, value in sorted(labels.items())),
         "Label": lambda key: labels.get(key, ""),
@@ -93,4 +93,7 @@ def _row(row: dict[str, Any], *, whole: bool) -> dict[str, object]:
 
 def _port(port: dict[str, Any]) -> str:
     inside = f"{port['PrivatePort']}/{port['Type']}"
-    return f"{port.get('IP', '')}:{port['PublicPort']}->{inside}" if port.get("PublicPort") else inside
+    if not port.get("PublicPort"):
+        return inside
+    ip = str(port.get("IP", ""))
+    return f"{f'[{ip}]' if ':' in ip else ip}:{port['PublicPort']}->{inside}"
