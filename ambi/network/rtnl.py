@@ -18,7 +18,8 @@ from typing import NamedTuple
 # linux/netlink.h
 _NLM_F_REQUEST, _NLM_F_ACK, _NLM_F_EXCL, _NLM_F_CREATE = 0x1, 0x4, 0x200, 0x400
 _NLM_F_ACK_TLVS = 0x200
-_NLMSG_ERROR = 2
+_NLM_F_DUMP = 0x300
+_NLMSG_ERROR, _NLMSG_DONE = 2, 3
 _SOL_NETLINK, _NETLINK_CAP_ACK, _NETLINK_EXT_ACK = 270, 10, 11
 _NLMSGERR_ATTR_MSG = 1
 _NLA_F_NESTED = 0x8000
@@ -209,6 +210,23 @@ class Rtnl:
         header = _NLMSGHDR.pack(length, message.type, message.flags | _NLM_F_REQUEST | flags, sequence, 0)
         return header + message.body + bytes(-length % 4)
 
+    def dump(self, message: Message) -> list[bytes]:
+        """The bodies of all that the kernel lists for `message`. Raises OSError."""
+        with self._lock:
+            self._sequence += 1
+            self._socket.send(self._pack(message, self._sequence, _NLM_F_DUMP))
+            found: list[bytes] = []
+            while True:
+                for kind, flags, sequence, body in _split(self._socket.recv(_RECEIVE)):
+                    if sequence != self._sequence:
+                        continue
+                    failure = _refusal(flags, body) if kind == _NLMSG_ERROR else None
+                    if failure:
+                        raise failure
+                    if kind in (_NLMSG_DONE, _NLMSG_ERROR):
+                        return found
+                    found.append(body)
+
     def counters(self, name: str) -> dict[str, int]:
         """rx_packets, tx_packets, rx_bytes, ... of link `name`, as the kernel counts them. Raises OSError (ENODEV)."""
         with self._lock:
@@ -221,7 +239,7 @@ class Rtnl:
                         continue
                     if kind == _NLMSG_ERROR:
                         raise _refusal(flags, body) or OSError(errno.EPROTO, os.strerror(errno.EPROTO))
-                    values = _STATS64.unpack_from(_attributes(body[_IFINFOMSG.size :])[_IFLA_STATS64])
+                    values = _STATS64.unpack_from(attributes(body[_IFINFOMSG.size :])[_IFLA_STATS64])
                     names = (f"{way}_{noun}" for noun in _COUNTERS for way in ("rx", "tx"))
                     return dict(zip(names, values, strict=True))
 
@@ -238,7 +256,8 @@ def _split(data: bytes) -> list[tuple[int, int, int, bytes]]:
     return found
 
 
-def _attributes(data: bytes) -> dict[int, bytes]:
+def attributes(data: bytes) -> dict[int, bytes]:
+    """Attributes one after the other, by kind."""
     found, at = {}, 0
     while at + _RTATTR.size <= len(data):
         length, kind = _RTATTR.unpack_from(data, at)
@@ -256,7 +275,7 @@ def _refusal(flags: int, body: bytes) -> OSError | None:
         return None
     text = os.strerror(code)
     if flags & _NLM_F_ACK_TLVS:  # NETLINK_CAP_ACK: only the header of the refused message lies between
-        said = _attributes(body[4 + _NLMSGHDR.size :]).get(_NLMSGERR_ATTR_MSG)
+        said = attributes(body[4 + _NLMSGHDR.size :]).get(_NLMSGERR_ATTR_MSG)
         if said:
             text = f"{text} ({said.rstrip(bytes(1)).decode(errors='replace')})"
     return OSError(code, text)

@@ -32,7 +32,8 @@ def write(name: str, value: str) -> None:
         raise Unsupported(f"this kernel has no {_NET / name}") from error
     except OSError as error:
         raise Forbidden(
-            f"cannot set {_NET / name} to {value}: {error.strerror}", hint=f"sysctl -w net.{name.replace('/', '.')}={value}"
+            f"cannot set {_NET / name} to {value}: {error.strerror}",
+            hint=f"run the engine as root, with CAP_NET_ADMIN, or: sysctl -w net.{name.replace('/', '.')}={value}",
         ) from error
 
 

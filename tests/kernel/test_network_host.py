@@ -214,6 +214,7 @@ def test_another_engine_takes_over(lab: Lab) -> None:
     third = network("10.3.0.0/24", name="third")
     d = lab.instance(third, host=foreign)
 
+    lab.host.net.close()  # what the end of its process does
     after = Host(lab.host.fd, lab)
     after.net.unpublish("nobody")
     assert lab.outside.reach(at_a, HOST4, 8080) == OUTSIDE4
