@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 from ambi.core.driver import Problem
@@ -77,8 +78,16 @@ def _namespaces(plan: LaunchPlan) -> Iterator[Problem]:
     for kind, path in given.items():
         if kind not in KNOWN_NAMESPACES:
             yield Problem(f"linux.namespaces: a virtual machine does not support type {kind}", HINT)
-        elif path:
+        elif path and (kind != "network" or _is_ours(path)):
             yield Problem(f"linux.namespaces: a virtual machine cannot join the {kind} namespace {path}", HINT)
+
+
+def _is_ours(path: str) -> bool:
+    """Whether `path` is the network namespace that this process is in; one that is not there is found out by `create`."""
+    try:
+        return os.path.samefile(path, "/proc/thread-self/ns/net")
+    except OSError:
+        return False
 
 
 def _mounts(plan: LaunchPlan) -> Iterator[Problem]:

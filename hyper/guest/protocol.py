@@ -56,6 +56,9 @@ class Type(IntEnum):
     POWER_OFF = 0x0E
     PING = 0x0F
     DISK_SYNC = 0x10
+    NET = 0x11
+    UNPLUG = 0x12
+    LIMITS = 0x14
     TREE = 0x13
     READY = 0x80
     HELLO_OK = 0x81
@@ -118,6 +121,29 @@ class FileTag(IntEnum):
 class SysctlTag(IntEnum):
     KEY = 1
     VALUE = 2
+
+
+class NetTag(IntEnum):
+    MAC = 1
+    NAME = 2
+    MTU = 3
+    ADDRESS = 4
+    ROUTE = 5
+    NEW_MAC = 6
+
+
+class AddressTag(IntEnum):
+    FAMILY = 1
+    ADDRESS = 2
+    PREFIX = 3
+
+
+class RouteTag(IntEnum):
+    FAMILY = 1
+    DESTINATION = 2
+    PREFIX = 3
+    GATEWAY = 4
+    METRIC = 5
 
 
 class ProcessTag(IntEnum):

@@ -31,6 +31,14 @@ class Share(NamedTuple):
     fd: int
 
 
+class Nic(NamedTuple):
+    """A network device: its MAC and its tap's descriptor; `vhost` is one of the kernel's back-end, or None."""
+
+    mac: bytes
+    fd: int
+    vhost: int | None
+
+
 class Machine(NamedTuple):
     """A VM to be started. Descriptors are inherited by QEMU under their numbers.
 
@@ -56,6 +64,7 @@ class Machine(NamedTuple):
     disk: int | None = None
     disk_flushes: bool = True
     shares: tuple[Share, ...] = ()
+    nics: tuple[Nic, ...] = ()
     tracing: bool = True
     words: tuple[str, ...] = ()
 
@@ -63,7 +72,8 @@ class Machine(NamedTuple):
     def fds(self) -> tuple[int, ...]:
         """Everything to be inherited."""
         some = (self.kernel, self.initramfs, self.agent, self.console, self.monitor, self.layers, self.disk)
-        return (*(fd for fd in some if fd is not None), *self.layer_fds, *(share.fd for share in self.shares))
+        nics = [fd for nic in self.nics for fd in (nic.fd, nic.vhost) if fd is not None]
+        return (*(fd for fd in some if fd is not None), *self.layer_fds, *(share.fd for share in self.shares), *nics)
 
 
 def command_line(machine: Machine) -> str:
@@ -94,7 +104,7 @@ def build(qemu: str, machine: Machine) -> list[str]:
     ]  # fmt: skip
     if machine.shares:
         argv += ["-object", f"memory-backend-memfd,id=ram,size={machine.memory_bytes >> 20}M,share=on"]
-    return argv + _disks(machine) + _shares(machine)
+    return argv + _disks(machine) + _shares(machine) + _nics(machine)
 
 
 def _cpu(machine: Machine) -> list[str]:
@@ -133,4 +143,15 @@ def _shares(machine: Machine) -> list[str]:
     argv: list[str] = []
     for share in machine.shares:
         argv += [*_stream(share.tag, share.fd), "-device", f"vhost-user-fs-device,chardev={share.tag},tag={share.tag}"]
+    return argv
+
+
+def _nics(machine: Machine) -> list[str]:
+    argv: list[str] = []
+    for number, nic in enumerate(machine.nics):
+        vhost = "off" if nic.vhost is None else f"on,vhostfd={nic.vhost}"
+        argv += [
+            "-netdev", f"tap,id=nic{number},fd={nic.fd},vhost={vhost}",
+            "-device", f"virtio-net-device,netdev=nic{number},mac={nic.mac.hex(':')}",
+        ]  # fmt: skip
     return argv

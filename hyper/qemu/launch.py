@@ -11,7 +11,7 @@ from ambi.core.loop import Loop
 from ambi.core.plan import Directory, LaunchPlan, Layers
 from ambi.core.undo import Undo
 from hyper import boot_files, probe, translate
-from hyper.qemu import argv, disk, jail, layers, share
+from hyper.qemu import argv, disk, jail, layers, nic, share
 from hyper.qemu.cgroup import Cgroup, Limits
 from hyper.qemu.console import Console
 from hyper.qemu.machine import Parts, VirtualMachine
@@ -66,8 +66,13 @@ def launch(plan: LaunchPlan, undo: Undo, loop: Loop) -> VirtualMachine:
         monitor, monitor_fd = handles.socket_pair()
         undo.add("close the monitor's socket", monitor.close)
         spec = _machine(plan, host, handles, servers)._replace(console=console_fd, agent=agent_fd, monitor=monitor_fd)
+        network = _network(plan, undo)
+        if network:
+            spec = spec._replace(nics=_nics(network, host, handles))
         vmm = _start(plan, spec, cgroup, output)
-        parts = Parts(vmm, Qmp(monitor), console, cgroup, servers)
+        if network:
+            network.close_taps()
+        parts = Parts(vmm, Qmp(monitor), console, cgroup, servers, network)
         machine = VirtualMachine(plan, parts, agent, loop)
         undo.add("end the VM", machine.abandon)
         return machine
@@ -99,6 +104,20 @@ def _serve(plan: LaunchPlan, cgroup: Cgroup, output: int, undo: Undo) -> list[sh
         servers.append(share.serve_binds(binds, plan.run_dir, cgroup, output))
         undo.add("end virtiofsd", servers[-1].end)
     return servers
+
+
+def _network(plan: LaunchPlan, undo: Undo) -> nic.Network | None:
+    path = nic.path_of(plan.config)
+    return nic.Network(path, undo) if path else None
+
+
+def _nics(network: nic.Network, host: probe.Host, handles: Handles) -> tuple[argv.Nic, ...]:
+    """QEMU's devices; by the kernel's back-end where it is, which needs KVM."""
+    found = []
+    for device in network.devices:
+        vhost = nic.open_vhost() if host.kvm else None
+        found.append(argv.Nic(device.mac, device.fd, handles.add(vhost) if vhost is not None else None))
+    return tuple(found)
 
 
 def _machine(plan: LaunchPlan, host: probe.Host, handles: Handles, servers: list[share.Server]) -> argv.Machine:

@@ -13,13 +13,14 @@ from ambi.core.loop import POLLIN, Loop
 from ambi.core.model import Status, Usage
 from ambi.core.plan import LaunchPlan
 from hyper import translate
-from hyper.guest.protocol import INIT_ID, VERSION, HelloTag, Items, Type
+from hyper.guest.protocol import INIT_ID, VERSION, HelloTag, Items, NetTag, Type
 from hyper.qemu import tree
 from hyper.qemu.cgroup import Cgroup
 from hyper.qemu.console import Console
 from hyper.qemu.guest_process import GuestProcess
 from hyper.qemu.jail import Child
 from hyper.qemu.link import Link
+from hyper.qemu.nic import Network
 from hyper.qemu.qmp import Qmp
 from hyper.qemu.share import Server
 from hyper.qemu.tree import Look, TreeDone
@@ -34,14 +35,17 @@ CONSOLE_FILE = "console"
 class Parts:
     """What the driver made before it hands the VM over. All of it is the VM's to end."""
 
-    __slots__ = ("cgroup", "console", "qmp", "servers", "vmm")
+    __slots__ = ("cgroup", "console", "network", "qmp", "servers", "vmm")
 
-    def __init__(self, vmm: Child, qmp: Qmp, console: Console, cgroup: Cgroup, servers: list[Server]) -> None:
+    def __init__(
+        self, vmm: Child, qmp: Qmp, console: Console, cgroup: Cgroup, servers: list[Server], network: Network | None
+    ) -> None:
         self.vmm = vmm
         self.qmp = qmp
         self.console = console
         self.cgroup = cgroup
         self.servers = servers
+        self.network = network
 
 
 class VirtualMachine:
@@ -70,11 +74,14 @@ class VirtualMachine:
         try:
             self._link.sync(by)
             hello = self._link.request(Type.HELLO, _hello())
+            network = self._parts.network
+            nics = [self._link.request(Type.NET, items) for items in network.requests()] if network else []
             setup = self._link.request(Type.SETUP, translate.setup(self._plan))
             answer = self._link.wait(hello, by, "the guest's agent")
             if answer.kind is not Type.HELLO_OK or answer.fields.number(1) != VERSION:
                 raise Corrupt("the guest's agent speaks another protocol", hint="build it again: `python -m hyper.guest`")
-            self._link.wait(setup, by, "the guest's agent")
+            for request in (*nics, setup):
+                self._link.wait(request, by, "the guest's agent")
         except Unavailable as error:
             raise self._explained(error) from error
 
@@ -130,6 +137,24 @@ class VirtualMachine:
         self._looks = [look for look in self._looks if not look.over]
         self._looks.append(Look(self._loop, self._link, ident, verb, fd, done))
         self._looks[-1].begin(tree.items(self._plan, request))
+
+    # networks
+
+    def plug_nic(self, name: str, by: Deadline) -> None:
+        network = self._network()
+        self._link.wait(self._link.request(Type.NET, network.plug(name)), by, "the guest's agent")
+
+    def unplug_nic(self, name: str, by: Deadline) -> None:
+        device = self._network().unplug(name)
+        if device is not None:
+            self._link.wait(self._link.request(Type.UNPLUG, ((NetTag.MAC, device),)), by, "the guest's agent")
+
+    def _network(self) -> Network:
+        if self._parts.network is None:
+            raise Conflict(
+                "the virtual machine was started without a network", hint="restart it: it then has one that can be connected"
+            )
+        return self._parts.network
 
     # questions
 
@@ -226,6 +251,8 @@ class VirtualMachine:
         for look in self._looks:
             look.close()
         self._parts.qmp.close()
+        if self._parts.network:
+            self._parts.network.close()
         self._parts.console.close()
         for server in self._parts.servers:
             server.end()

@@ -31,7 +31,8 @@ REFUSED: dict[str, Any] = {
     "hooks": {"prestart": [{"path": "/bin/true"}]},
     "linux.namespaces": [
         [{"type": kind} for kind in ALL if kind != "network"],
-        [{"type": kind, **({"path": "/proc/1/ns/net"} if kind == "network" else {})} for kind in ALL],
+        [{"type": kind, **({"path": "/proc/self/ns/net"} if kind == "network" else {})} for kind in ALL],
+        [{"type": kind, **({"path": "/proc/1/ns/ipc"} if kind == "ipc" else {})} for kind in ALL],
         [{"type": kind} for kind in (*ALL, "user")],
         [{"type": kind} for kind in (*ALL, "time")],
     ],

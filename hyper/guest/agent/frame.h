@@ -28,8 +28,11 @@ enum message_type {
     MSG_POWER_OFF,
     MSG_PING,
     MSG_DISK_SYNC,
+    MSG_NET,
+    MSG_UNPLUG,
+    MSG_LIMITS = 0x14,
     MSG_TREE = 0x13,
-    MSG_LAST_FROM_HOST = 0x18, /* 0x11 to 0x18 are of later versions */
+    MSG_LAST_FROM_HOST = 0x18, /* 0x15 to 0x18 are of later versions */
     MSG_READY = 0x80,
     MSG_HELLO_OK,
     MSG_OK,

@@ -2,6 +2,7 @@
 #include "boot.h"
 #include "cgroup.h"
 #include "fields.h"
+#include "net.h"
 #include "look.h"
 #include "tasks.h"
 #include "workload.h"
@@ -172,6 +173,17 @@ static int add_entropy(struct fields *fields, struct error *e) {
     return 0;
 }
 
+/* The fields 12 to 16 of SETUP; others are refused, so that nothing is changed that is not a limit. */
+static int set_limits(uint8_t *body, size_t length, struct error *e) {
+    struct setup setup;
+    struct fields fields = {body, length};
+    struct field f;
+    while (fields_next(&fields, &f))
+        if (f.tag < 12 || f.tag > 16)
+            return fail(e, "InvalidRequest", "LIMITS: field %u is no limit", f.tag);
+    return setup_parse(&setup, body, length, e) < 0 ? -1 : cgroup_limit(&setup.limits, e);
+}
+
 static void handle(struct agent *a, uint16_t type, uint32_t id, uint8_t *body, size_t length) {
     struct error e = {0};
     struct fields fields;
@@ -227,6 +239,15 @@ static void handle(struct agent *a, uint16_t type, uint32_t id, uint8_t *body, s
     case MSG_DISK_SYNC:
         sync();
         answer_ok(a, id);
+        break;
+    case MSG_NET:
+        answer_result(a, id, net_plug(&fields, &e), &e);
+        break;
+    case MSG_UNPLUG:
+        answer_result(a, id, net_unplug(&fields, &e), &e);
+        break;
+    case MSG_LIMITS:
+        answer_result(a, id, set_limits(body, length, &e), &e);
         break;
     default:
         fail(&e, "Unsupported", "this guest's agent does not know messages of type %#x", type);

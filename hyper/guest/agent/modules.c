@@ -92,7 +92,7 @@ static uint64_t present_types(void) {
 }
 
 void modules_load_for_devices(void) {
-    enum { BLOCK = 2, CONSOLE = 3 };
+    enum { NETWORK = 1, BLOCK = 2, CONSOLE = 3 };
     if (has_entries("/sys/bus/pci/devices"))
         modules_load("pci");
     modules_load("mmio");
@@ -100,7 +100,7 @@ void modules_load_for_devices(void) {
     if (types >> BLOCK & 1)
         load_in_background("virtio:2");
     modules_load("virtio:3"); /* early: the host names its ports while we load the others */
-    for (unsigned type = 1; type < 64; type++) {
+    for (unsigned type = NETWORK + 1; type < 64; type++) { /* NICs: net.c */
         char group[16];
         snprintf(group, sizeof(group), "virtio:%u", type);
         if ((types >> type & 1) && type != BLOCK && type != CONSOLE)
