@@ -183,15 +183,29 @@ class Client:
         self._streams.append(connection)
         return response
 
-    def upload(self, path: str, query: Query, source: BinaryIO, uploaded: Uploaded = lambda _: None) -> Response:
-        """POST `source` to its end while the answer is read, so that neither side waits for the other.
+    def head(self, path: str, query: Query | None = None) -> dict[str, str]:
+        """The header of an answer, names in lower case; errors are raised, with what the status says alone."""
+        connection = self._connect()
+        try:
+            connection.send("HEAD", _target(path, query), [])
+            response = connection.response()
+        finally:
+            connection.close()
+        if response.status >= 300:
+            raise error_of(response.status, response.reason)
+        return response.headers
+
+    def upload(
+        self, path: str, query: Query, source: BinaryIO, uploaded: Uploaded = lambda _: None, *, method: str = "POST"
+    ) -> Response:
+        """POST (or `method`) `source` to its end while the answer is read, so that neither side waits for the other.
 
         uploaded: called from another thread with the number of bytes sent so far.
         """
         headers = [("Content-Type", "application/x-tar"), ("Transfer-Encoding", "chunked")]
 
         def begin(it: Connection) -> None:
-            it.send("POST", _target(path, query), headers)
+            it.send(method, _target(path, query), headers)
             threading.Thread(target=_feed, args=(it, source, uploaded), daemon=True).start()
 
         connection, response = self._apart(begin)

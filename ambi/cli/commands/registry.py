@@ -6,6 +6,7 @@ import json
 import os
 import sys
 import tempfile
+from collections.abc import Callable
 from typing import Any, BinaryIO
 
 import click
@@ -106,10 +107,19 @@ def _follow(response: Any, bar: Bar, verb: str) -> list[str]:
 @pass_app
 def save(app: App, images: tuple[str, ...], file: str | None) -> None:
     """Write images to an archive that ambi, docker and OCI tools load."""
+
+    def saved() -> Any:
+        with looked_up(app, images[0], image_names):
+            return app.client.stream("GET", "/images/get", [("names", name) for name in images])
+
+    write_to(file, "save", saved)
+
+
+def write_to(file: str | None, verb: str, ask: Callable[[], Any]) -> None:
+    """What `ask` answers, to `file`, which appears whole or not at all, or to stdout when it is None."""
     if file is None and sys.stdout.isatty():
-        raise InvalidRequest("cowardly refusing to save to a terminal", hint="ambi save -o FILE IMAGE, or redirect")
-    with looked_up(app, images[0], image_names):
-        response = app.client.stream("GET", "/images/get", [("names", name) for name in images])
+        raise InvalidRequest(f"cowardly refusing to {verb} to a terminal", hint=f"ambi {verb} -o FILE NAME, or redirect")
+    response = ask()
     if file is None:
         _copy(response, sys.stdout.buffer)
         sys.stdout.buffer.flush()
