@@ -183,8 +183,8 @@ class Rules:
 
     def forget_network(self, network_id: str) -> None:
         with self._lock:
-            self._open()
-            self._settle(self._networks.pop(network_id, []))
+            if self._adopt():
+                self._settle(self._networks.pop(network_id, []))
 
     def publish(self, key: str, ports: Sequence[Port]) -> None:
         """Raises Conflict when another instance has one of them; then none of `ports` is published."""
@@ -206,7 +206,8 @@ class Rules:
     def unpublish(self, key: str) -> list[int]:
         """The UDP ports of the host that it had."""
         with self._lock:
-            self._open()
+            if not self._adopt():
+                return []
             gone = self._ports.pop(key, [])
             self._settle(gone)
         return [int(e.key.rpartition(" ")[2]) for e in gone if e.owner and "udp" in e.key]
@@ -214,7 +215,8 @@ class Rules:
     def keep_only(self, networks: Collection[str], keys: Collection[str]) -> None:
         """Forget every other network and instance, and what the kernel has for nobody that is known."""
         with self._lock:
-            self._open()
+            if not self._adopt():
+                return
             self._networks = {name: value for name, value in self._networks.items() if name in networks or not name}
             self._ports = {name: value for name, value in self._ports.items() if name in keys}
             self._settle(list(self._there.values()))
@@ -259,30 +261,37 @@ class Rules:
     # what follows is called with the lock held
 
     def _open(self) -> None:
-        """Adopt the table of an engine that was here before, or make it."""
+        """The table is there."""
+        if not self._adopt():
+            self._rebuild()
+
+    def _adopt(self) -> bool:
+        """Whether the table is there; one of an engine that was here before becomes ours, in our shape."""
         if self._nft is not None:
-            return
+            return bool(self._shape)
         nft = Nftables()
         try:
-            rows = nft.query(f"list table inet {self.table}")
+            self._read(nft.query(f"list table inet {self.table}"))
         except NotFound:
-            rows = []
+            self._nft = nft
+            return False
+        except BaseException:
+            nft.close()
+            raise
+        self._nft = nft
+        self._rebuild()
+        return True
+
+    def _read(self, rows: Iterable[dict[str, Any]]) -> None:
+        """Take over the elements of a listed table."""
         for element in _elements(rows):
             self._there[element.holder, element.key] = element
-        for element in self._there.values():
             if element.owner:
                 target, _, port = element.value.rpartition(" . ")
                 passes = f"{target} . {element.key.split(' . ')[-2]} . {port}"
                 self._ports.setdefault(element.owner, []).extend(
                     [element, Element(f"published{element.holder[-1]}", passes)]
                 )
-        self._nft = nft
-        try:
-            self._rebuild()
-        except BaseException:
-            self._nft = None
-            nft.close()
-            raise
 
     def _rebuild(self) -> None:
         self._run(f"table inet {self.table}\ndelete table inet {self.table}\n" + text(self.table, self._there.values()))

@@ -231,6 +231,9 @@ def test_another_engine_takes_over(lab: Lab) -> None:
     after.net.close_down()
     assert "table inet ambi-abc123" in nft(lab, "list", "tables") and "table inet ambi\n" not in nft(lab, "list", "tables")
     foreign.net.close_down()
+    after.net.unpublish("nobody")
+    after.net.sweep([one], [])
+    after.net.remove(one)
     assert nft(lab, "list", "tables") == "" and names(lab) == {"lo", "up0"}
     after.net.close_down()
 
