@@ -44,6 +44,10 @@ def restore(core: Core) -> None:
             log.error("%s: cannot be restored: %s", record.id[:12], error)
     _clear_run_root(core)
     core.networks.adopted()
+    with core.mutex:
+        for record in core.registry:
+            if record.run is None:
+                core.restarts.after_restore(record, booted=record.row.boot_id not in ("", core.boot_id))
 
 
 def _restore_records(core: Core) -> None:
@@ -140,6 +144,7 @@ def _take_over(core: Core, record: Record, run: Run) -> None:
             if item is not None:
                 item.started, item.pid = True, int(about.get("pid") or 0)
         run.exit = run.exit or status
+        core.monitor(record, run)
         core.finish(record, run)
 
 

@@ -16,6 +16,8 @@ from ambi.core.model import ExitStatus, Status
 from ambi.core.roots import Roots
 from ambi.engine.bus import EventBus, attributes_of
 from ambi.engine.records import ExecRecord, Record, Registry, Run
+from ambi.engine.restart import Restarts
+from ambi.engine.schedule import Scheduler
 from ambi.engine.state import StateDb
 from ambi.engine.types import State
 
@@ -48,6 +50,8 @@ class Core:
         self.started_ns = time.time_ns()
         self.shims: Shims
         self.networks: Networks
+        self.scheduler = Scheduler()
+        self.restarts = Restarts(self)
         self.claims: Counter[str] = Counter()  # images of which instances are being made
         self.on_auto_remove: Callable[[Record], None] = lambda _: None
 
@@ -128,8 +132,11 @@ class Core:
     def record_exit(self, record: Record, status: ExitStatus) -> None:
         """The state, the events and the waiters of an exit. With the mutex held, once a run."""
         finished = status.finished_ns or time.time_ns()
+        if record.monitor is not None:
+            record.monitor.stop()
+        again = self.restarts.wanted(record, status)
         state = record.state._replace(
-            status=Status.EXITED,
+            status=Status.RESTARTING if again else Status.EXITED,
             pid=0,
             exit_code=status.code,
             error=status.reason,
@@ -148,6 +155,16 @@ class Core:
         self.settle(record, "not-running", status)
         self.settle(record, "next-exit", status)
 
+    def monitor(self, record: Record, run: Run) -> None:
+        """Begin the health checks of a run that has one. With the mutex held."""
+        from ambi.engine.health import Monitor
+        from ambi.engine.healthcheck import check_of
+
+        record.health, record.monitor = None, None
+        check = check_of(record.row.spec.config)
+        if check is not None:
+            record.monitor = Monitor(self, record, run, check)
+
     def ended(self, record: Record, run: Run) -> None:
         """The connection of `run` has ended and everything of it is swept: its instance can be started or removed."""
         if run.started:  # a start that failed has let go itself, and the next one may be on its way
@@ -157,8 +174,10 @@ class Core:
                 record.run = None
             run.gone.set()
             self.changed.notify_all()
-            again = run.exit is not None and run.started and record.auto_remove
-        if again:
+            over = run.exit is not None and run.started
+            if over and record.state.status is Status.RESTARTING:
+                self.restarts.schedule(record)
+        if over and record.auto_remove:
             try:
                 self.on_auto_remove(record)
             except AmbiError as error:

@@ -33,9 +33,44 @@ def start(core: Core, id: str) -> None:
         check_present(record)
         if record.state.running:
             raise NotModified(f"container {record.id} is already running")
+        _by_the_user(core, record)
         try:
             _start(core, record)
         except AmbiError as error:
+            _failed(core, record, error)
+            raise
+
+
+def _by_the_user(core: Core, record: Record) -> None:
+    """A start that somebody asks for: policies begin anew."""
+    with core.mutex:
+        core.restarts.call_off(record)
+    core.restarts.forget_pause(record)
+    hold(core, record, False)
+    if record.row.restart_count:
+        record.row = record.row._replace(restart_count=0)
+        core.db.set_restart_count(record.id, 0)
+
+
+def hold(core: Core, record: Record, held: bool) -> None:
+    """Remember whether the user wants it stopped, before it is: a policy must not start it again."""
+    if record.row.held is not held:
+        record.row = record.row._replace(held=held)
+        core.db.set_held(record.id, held)
+
+
+def start_again(core: Core, record: Record) -> None:
+    """A restart that a policy asks for. One that fails ends there, as with Docker."""
+    with record.lock:
+        if record.removing or record.row.held or record.state.status is not Status.RESTARTING:
+            return
+        record.row = record.row._replace(restart_count=record.row.restart_count + 1)
+        core.db.set_restart_count(record.id, record.row.restart_count)
+        try:
+            _start(core, record)
+        except AmbiError as error:
+            with core.mutex:
+                core.set_state(record, record.state._replace(status=Status.EXITED))
             _failed(core, record, error)
             raise
 
@@ -98,6 +133,7 @@ def _start_on(core: Core, record: Record, net: Attachment) -> None:
         core.set_state(record, state)
         core.publish(record, "start")
         run.started = True
+        core.monitor(record, run)
         core.finish(record, run)
 
 
@@ -158,6 +194,10 @@ def stop(core: Core, id: str, timeout_s: float | None, signal: str | None) -> No
     record = core.registry.find(id)
     number = signals.parse(signal) if signal else None
     with record.lock:
+        hold(core, record, True)
+        with core.mutex:
+            if core.restarts.call_off(record):
+                return
         if not record.state.running:
             raise NotModified(f"container {record.id} is not running")
         _stop(core, record, timeout_s, number)
@@ -210,7 +250,9 @@ def restart(core: Core, id: str, timeout_s: float | None, signal: str | None) ->
     with record.lock:
         check_present(record)
         if record.state.running:
+            hold(core, record, True)  # until it has stopped, no policy interferes
             _stop(core, record, timeout_s, number)
+        _by_the_user(core, record)
         try:
             _start(core, record)
         except AmbiError as error:
@@ -223,10 +265,16 @@ def kill(core: Core, id: str, signal: str | None) -> None:
     """Does not take the lock: a stop that waits must not keep a kill out."""
     record = core.registry.find(id)
     number = signals.parse(signal) if signal else _KILL
+    with core.mutex:
+        if core.restarts.call_off(record):
+            hold(core, record, True)
+            return
     if not record.state.running:
         hint = "`ambi ps` lists what runs"
         raise Conflict(f"Cannot kill container: {id}: Container {record.id} is not running", hint=hint)
     run = record.run
+    if number in (_KILL, signals.parse(record.row.spec.config.get("StopSignal") or "SIGTERM")):
+        hold(core, record, True)
     send(core, record, number)
     if number == _KILL:
         _wait_killed(core, record, run)
@@ -259,7 +307,11 @@ def rename(core: Core, id: str, name: str) -> None:
 
 def remove(core: Core, id: str, force: bool) -> None:
     record = core.registry.find(id)
+    if force:
+        with core.mutex:
+            core.restarts.call_off(record)
     if force and record.state.running:
+        hold(core, record, True)
         run = record.run
         send(core, record, _KILL)  # before the lock, which a stop may hold for long
         _wait_killed(core, record, run)
@@ -275,6 +327,12 @@ def _remove(core: Core, record: Record) -> None:
     with core.mutex:
         if record.removing:
             raise Conflict(f"removal of container {record.id} is already in progress")
+        if record.state.status is Status.RESTARTING:
+            raise Conflict(
+                f"You cannot remove a restarting container {record.id}. Stop the container before attempting removal or"
+                " force remove",
+                hint=f"ambi stop {record.name}, or ambi rm -f {record.name}",
+            )
         if record.state.running:
             raise Conflict(
                 f"You cannot remove a running container {record.id}. Stop the container before attempting removal or"

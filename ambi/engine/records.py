@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from ambi.core.errors import Conflict, InvalidRequest, NotFound
 from ambi.core.model import ExecId, ExitStatus, InstanceId
@@ -16,6 +17,9 @@ from ambi.engine.state import Row
 from ambi.engine.types import Exec, Instance, State
 from ambi.engine.wait import WaitTicket
 from ambi.shim.client import ShimConnection
+
+if TYPE_CHECKING:
+    from ambi.engine.health import Health, Monitor
 
 
 class Run:
@@ -63,7 +67,20 @@ class ExecRecord:
 class Record:
     """One instance. `lock` is held through start, stop, rename and remove; everything else changes under the mutex."""
 
-    __slots__ = ("attaching", "execs", "lock", "net", "oom_told", "removing", "row", "run", "state", "tickets")
+    __slots__ = (
+        "attaching",
+        "execs",
+        "health",
+        "lock",
+        "monitor",
+        "net",
+        "oom_told",
+        "removing",
+        "row",
+        "run",
+        "state",
+        "tickets",
+    )
 
     def __init__(self, row: Row) -> None:
         self.row = row
@@ -74,6 +91,8 @@ class Record:
         self.tickets: list[WaitTicket] = []
         self.removing = False
         self.oom_told = False  # in this run
+        self.health: Health | None = None  # of this run or the last one; None without a check
+        self.monitor: Monitor | None = None
         self.net: NetState | None = None  # None: as the request asks for it, see Networks.state
         self.attaching = 0  # clients that have been answered, but that the shim does not have yet
 
@@ -107,6 +126,7 @@ class Record:
             exec_ids=tuple(item.id for item in list(self.execs.values()) if item.exit_code is None),
             data_dir=data,
             run_dir=roots.instance_run(row.id),
+            health=self.health,
             net=self.net if self.net is not None else NetState(asked_for(row.spec)),
             log_path=logopts.log_path(row.spec.host, data, row.id),
         )

@@ -7,7 +7,7 @@ from typing import Any
 
 from ambi.core.errors import InvalidRequest
 from ambi.core.model import Isolation
-from ambi.engine import endpoints, ports
+from ambi.engine import endpoints, healthcheck, ports
 from ambi.engine.body import Body
 from ambi.engine.types import CreateSpec
 
@@ -98,9 +98,19 @@ def _empty(value: Any) -> bool:
 def _check_restart(host: Body) -> None:
     policy = host.object("RestartPolicy").text("Name")
     if policy not in ("", "no", "always", "unless-stopped", "on-failure"):
-        raise InvalidRequest(f"invalid restart policy '{policy}'", hint="leave --restart out")
-    if policy not in ("", "no"):
-        raise InvalidRequest(f"--restart {policy} is not supported yet", hint="leave --restart out")
+        raise InvalidRequest(
+            f"invalid restart policy '{policy}'", hint="--restart no, always, unless-stopped or on-failure[:N]"
+        )
+    most = host.object("RestartPolicy").number("MaximumRetryCount")
+    if most and policy != "on-failure":
+        raise InvalidRequest(
+            f"invalid restart policy: maximum retry count cannot be used with restart policy '{policy}'",
+            hint="--restart on-failure:N",
+        )
+    if most < 0:
+        raise InvalidRequest("maximum retry count cannot be negative", hint="--restart on-failure:3")
+    if policy not in ("", "no") and host.flag("AutoRemove"):
+        raise InvalidRequest("can't create 'AutoRemove' container with restart policy", hint="leave --rm out, or --restart")
 
 
 def _check_modes(host: Body, isolation: Isolation) -> None:
@@ -120,9 +130,7 @@ def _check_modes(host: Body, isolation: Isolation) -> None:
 def _check_config(config: Body) -> None:
     for path in config.object("Volumes").data:
         raise InvalidRequest(f"--volume {path}: anonymous volumes are not supported yet", hint=f"use --tmpfs {path}")
-    test = config.object("Healthcheck").strings("Test")
-    if test and test != ["NONE"]:
-        raise InvalidRequest("--health-cmd is not supported yet", hint="leave it out, or give --no-healthcheck")
+    healthcheck.check_config(config)
     if config.number("StopTimeout") < -1:
         raise InvalidRequest("--stop-timeout must not be negative", hint="--stop-timeout 10")
     for item in config.strings("Env"):
@@ -152,6 +160,10 @@ def complete(spec: CreateSpec, image: dict[str, Any], instance: str) -> CreateSp
         value = config.text(key) or base.text(key)
         if value or key in merged:
             merged[key] = value
+    if check := healthcheck.merged(config.object("Healthcheck").data, base.object("Healthcheck").data):
+        merged["Healthcheck"] = check
+    if shell := config.strings("Shell") or base.strings("Shell"):
+        merged["Shell"] = shell
     merged["Env"] = merge_env(config.strings("Env"), base.strings("Env"))
     merged["Labels"] = {**base.texts("Labels"), **config.texts("Labels")}
     ports = {**base.object("ExposedPorts").data, **config.object("ExposedPorts").data}

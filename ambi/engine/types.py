@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from ambi.core.model import ExecId, InstanceId, Isolation, Status, Workload
 from ambi.engine.netstate import NetState
+
+if TYPE_CHECKING:
+    from ambi.engine.health import Health
 
 WaitCondition = Literal["not-running", "next-exit", "removed"]
 
@@ -50,6 +53,7 @@ class Instance(NamedTuple):
     image: what the user typed; image_id: `sha256:...`. argv: what runs, entrypoint and command merged.
     exec_ids: of execs that have not ended. log_path: of the json-file log, None without one.
     data_dir, run_dir: the instance's own directories, see ambi/engine/README.md. net: on which networks it is.
+    health: of the last run, None without a check.
     """
 
     id: InstanceId
@@ -68,6 +72,7 @@ class Instance(NamedTuple):
     run_dir: Path
     log_path: Path | None
     net: NetState = NetState()
+    health: Health | None = None
 
     @property
     def tty(self) -> bool:
