@@ -41,10 +41,17 @@ COMMANDS: dict[str, Entry] = {
     "wait": Entry(INSTANCES, "lifecycle", "wait", "Wait until instances stop, and print their exit codes."),
     "rm": Entry(INSTANCES, "lifecycle", "rm", "Remove instances."),
     "rename": Entry(INSTANCES, "lifecycle", "rename", "Rename an instance."),
-    "cp": Entry(INSTANCES, "cp", "cp", "Copy files between an instance and this machine."),
-    "diff": Entry(INSTANCES, "trees", "diff", "Show what an instance has changed in its image's files."),
-    "export": Entry(INSTANCES, "trees", "export", "Write the root file system of an instance as a tar archive."),
-    "commit": Entry(INSTANCES, "trees", "commit", "Make an image of what an instance has changed."),
+    "cp": Entry(INSTANCES, "cp", "cp", "Copy files between an instance, running or not, and this machine."),
+    "diff": Entry(
+        INSTANCES, "trees", "diff", "Show what an instance has added (A), changed (C) and deleted (D) in its image's files."
+    ),
+    "export": Entry(
+        INSTANCES,
+        "trees",
+        "export",
+        "Write the whole root file system of an instance as a tar archive, without what is mounted in it.",
+    ),
+    "commit": Entry(INSTANCES, "trees", "commit", "Make an image of what an instance has changed in its own image."),
     "inspect": Entry(INSTANCES, "inspect", "inspect", "Show everything about instances, images or networks."),
     "top": Entry(INSTANCES, "top", "top", "List the processes of an instance."),
     "stats": Entry(INSTANCES, "stats", "stats", "Show what instances use, live."),
