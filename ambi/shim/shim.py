@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from ambi.core.deadline import Deadline
 from ambi.core.driver import Created, Driver
-from ambi.core.errors import AmbiError, Conflict, Internal, InvalidRequest, NotFound, from_os_error
+from ambi.core.errors import AmbiError, Conflict, Internal, InvalidRequest, NotFound, Unsupported, from_os_error
 from ambi.core.loop import Loop
 from ambi.core.model import ExitStatus
 from ambi.core.plan import LaunchPlan
@@ -281,6 +281,25 @@ class Shim:
         finally:
             os.close(fd)
 
+    def pause(self, request: Request) -> dict[str, Any]:
+        self._able("pause")(Deadline.after(_seconds(request, START_SECONDS)))
+        return {}
+
+    def resume(self, request: Request) -> dict[str, Any]:
+        self._able("resume")(Deadline.after(_seconds(request, START_SECONDS)))
+        return {}
+
+    def update(self, request: Request) -> dict[str, Any]:
+        self._able("update")(_field(request, "resources", dict), Deadline.after(_seconds(request, START_SECONDS)))
+        return {}
+
+    def _able(self, ability: str) -> Callable[..., None]:
+        """A method that not every driver has, see ambi/core/driver.py."""
+        found: Callable[..., None] | None = getattr(self._running(), ability, None)
+        if found is None:
+            raise Unsupported(f"a {self.spec.isolation} cannot do this: {ability}", hint="run it in the other kind of isolation")
+        return found
+
     def plug_nic(self, request: Request) -> dict[str, Any]:
         netns.plug(self._running(), _field(request, "name", str), Deadline.after(_seconds(request, START_SECONDS)))
         return {}
@@ -426,6 +445,9 @@ HANDLERS: dict[str, Callable[[Shim, Request], dict[str, Any] | None]] = {
     "processes": Shim.processes,
     "tree": Shim.tree,
     "netns": Shim.netns,
+    "pause": Shim.pause,
+    "resume": Shim.resume,
+    "update": Shim.update,
     "plug_nic": Shim.plug_nic,
     "unplug_nic": Shim.unplug_nic,
     "delete": Shim.delete,
