@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 _CALL_S = 10.0
 _START_S = 20.0
 _AGAIN_S = 1.0  # between a death and the next start
+_LOG_BYTES = 1 << 20  # past which the log is started anew with the next netd
 
 
 class Netd:
@@ -86,6 +87,8 @@ class Netd:
         with self._lock:
             self._networks = {id: names for id, names in self._networks.items() if id in networks}
             self._ports = {key: ports for key, ports in self._ports.items() if key in keys}
+            if not self._networks and not self._ports and not self._reach():
+                return
             self._call("keep", networks=networks, keys=keys)
 
     def close(self, *, stop: bool = False) -> None:
@@ -94,11 +97,12 @@ class Netd:
             self._closed = True
             if stop:
                 try:
-                    if self._sock is None:
-                        self._sock = unix.connect(self._roots.netd_socket, _CALL_S)
-                    self._exchange({"op": "stop"})
-                except OSError:  # there is none
+                    if self._reach() and self._sock is not None:
+                        self._exchange({"op": "stop"})
+                        unix.receive(self._sock)  # the end of the connection: the process ends
+                except (AmbiError, OSError):  # there is none
                     pass
+                self._roots.netd_socket.unlink(missing_ok=True)  # which it may not remove itself
             self._disconnect()
             if stop and self._process is not None:
                 self._process.wait(_CALL_S)
@@ -109,8 +113,8 @@ class Netd:
             try:
                 answer = self._exchange(request)
             except OSError:  # it was killed, or has never been there
-                self._connect_anew()
                 try:
+                    self._connect_anew()
                     answer = self._exchange(request)
                 except OSError as error:
                     self._disconnect()
@@ -134,17 +138,21 @@ class Netd:
             if message.body.get("seq") == self._seq:
                 return message.body
 
+    def _reach(self) -> bool:
+        """Connect to the netd that is there."""
+        if self._sock is None:
+            try:
+                self._sock = unix.connect(self._roots.netd_socket, _CALL_S)
+            except OSError:
+                return False
+        return True
+
     def _connect_anew(self) -> None:
         """Connect to the netd that is there, or start one; and tell it what it is to serve."""
         self._disconnect()
-        try:
-            self._sock = unix.connect(self._roots.netd_socket, _CALL_S)
-        except OSError:
+        if not self._reach():
             self._start()
-            try:
-                self._sock = unix.connect(self._roots.netd_socket, _CALL_S)
-            except OSError as error:
-                raise from_os_error("netd does not answer", error) from error
+            self._sock = unix.connect(self._roots.netd_socket, _CALL_S)
         threading.Thread(target=self._watch, args=(self._sock,), name="netd", daemon=True).start()
         for id, names in self._networks.items():
             self._again({"op": "network", "id": id, "names": names})
@@ -163,11 +171,14 @@ class Netd:
         if self._process is not None:
             self._process.poll()
         read_end, write_end = os.pipe2(os.O_CLOEXEC)
+        log_file = os.open(self._roots.run / "netd.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
         try:
+            if os.fstat(log_file).st_size > _LOG_BYTES:
+                os.ftruncate(log_file, 0)
             argv = [sys.executable, "-I", "-m", "ambi.network.netd", str(self._roots.run), str(write_end)]
             self._process = subprocess.Popen(
                 argv, pass_fds=[write_end], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL, start_new_session=True, cwd="/",
+                stderr=log_file, start_new_session=True, cwd="/",
             )  # fmt: skip
             os.close(write_end)
             write_end = -1
@@ -178,6 +189,7 @@ class Netd:
             raise from_os_error("cannot start netd", error) from error
         finally:
             os.close(read_end)
+            os.close(log_file)
             if write_end >= 0:
                 os.close(write_end)
         if said != b"\0":
@@ -193,6 +205,8 @@ class Netd:
             return
         time.sleep(_AGAIN_S)
         with self._lock:
+            if self._process is not None:
+                self._process.poll()  # reaped
             if self._closed or self._sock is not sock:
                 return
             if not self._networks and not self._ports:
@@ -206,6 +220,10 @@ class Netd:
 
     def _disconnect(self) -> None:
         if self._sock is not None:
+            try:
+                self._sock.shutdown(socket.SHUT_RDWR)  # for the thread that watches: a poll keeps a closed socket open
+            except OSError:
+                pass
             self._sock.close()
             self._sock = None
 

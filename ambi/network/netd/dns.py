@@ -5,7 +5,7 @@ from __future__ import annotations
 import ipaddress
 from typing import NamedTuple
 
-from dnslib import AAAA, PTR, QTYPE, RCODE, RR, A, DNSRecord
+from dnslib import AAAA, EDNS0, PTR, QTYPE, RCODE, RR, A, DNSRecord
 
 from ambi.network.netd.names import Asker, NameTable
 
@@ -13,6 +13,7 @@ TTL_S = 600
 _ARPA4, _ARPA6 = ".in-addr.arpa", ".ip6.arpa"
 _IN = 1
 _MOST_UDP = 4096
+_ABOUT_TOP_LEVELS = (QTYPE.NS, QTYPE.SOA, QTYPE.DS, QTYPE.DNSKEY)  # what a validating resolver asks of a name of one label
 
 
 class Question(NamedTuple):
@@ -32,6 +33,7 @@ def parse(data: bytes) -> Question | None:
         question = record.questions[0]
         if question.qclass != _IN:
             return None
+        record.reply().pack()  # a name that can be read and not be written is no name
         return Question(str(question.qname).rstrip(".").lower(), int(question.qtype), record)
     except Exception:  # dnslib raises what it likes for bytes that are no message
         return None
@@ -43,10 +45,10 @@ def local_answer(table: NameTable, asker: Asker, question: Question) -> bytes | 
         return _reverse(table, asker, question)
     found = table.addresses(asker, question.name)
     if found is None:
-        if "." not in question.name and question.kind in (QTYPE.A, QTYPE.AAAA):
+        if question.name and "." not in question.name and question.kind not in _ABOUT_TOP_LEVELS:
             return failure(question, RCODE.NXDOMAIN)  # a name of one label is nobody's business outside
         return None
-    reply = question.record.reply(ra=1)
+    reply = _reply(question)
     name = question.record.questions[0].qname
     for address in found:
         ip = ipaddress.ip_address(address)
@@ -64,7 +66,7 @@ def _reverse(table: NameTable, asker: Asker, question: Question) -> bytes | None
         return None
     if not name:
         return failure(question, RCODE.NXDOMAIN)
-    reply = question.record.reply(ra=1)
+    reply = _reply(question)
     if question.kind == QTYPE.PTR:
         reply.add_answer(RR(question.record.questions[0].qname, QTYPE.PTR, rdata=PTR(name), ttl=TTL_S))
     return bytes(reply.pack())
@@ -81,8 +83,16 @@ def address_of(name: str) -> str:
         return ""
 
 
-def failure(question: Question, code: int) -> bytes:
+def _reply(question: Question) -> DNSRecord:
+    """An empty answer; with an OPT record when the question has one (RFC 6891, 6.1.1)."""
     reply = question.record.reply(ra=1)
+    if any(record.rtype == QTYPE.OPT for record in question.record.ar):
+        reply.add_ar(EDNS0(udp_len=_MOST_UDP))
+    return reply
+
+
+def failure(question: Question, code: int) -> bytes:
+    reply = _reply(question)
     reply.header.rcode = code
     return bytes(reply.pack())
 
@@ -92,7 +102,7 @@ def fitting(question: Question, reply: bytes) -> bytes:
     room = max((rr.edns_len for rr in question.record.ar if rr.rtype == QTYPE.OPT), default=512)
     if len(reply) <= max(512, min(room, _MOST_UDP)):
         return reply
-    short = question.record.reply(ra=1)
+    short = _reply(question)
     short.header.tc = 1
     return bytes(short.pack())
 
@@ -115,5 +125,6 @@ def _question_end(data: bytes) -> int:
     return at + 5 if at + 5 <= len(data) else 0
 
 
-def truncated(reply: bytes) -> bool:
-    return bool(reply[2] & 0x02)
+def refused(reply: bytes) -> bool:
+    """Whether another server may know better: SERVFAIL, NOTIMP or REFUSED."""
+    return reply[3] & 0x0F in (RCODE.SERVFAIL, RCODE.NOTIMP, RCODE.REFUSED)

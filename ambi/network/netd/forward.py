@@ -59,6 +59,7 @@ class _Query:
         self._sent = b""
         self._unsent = b""
         self._got = bytearray()
+        self._worst: bytes | None = None  # an answer of a server that could not, for when no other can
 
     def next(self) -> None:
         """Ask the next server."""
@@ -67,19 +68,22 @@ class _Query:
             if self._ask(server):
                 self._timer = self._loop.later(self._timeout_s, self.next)
                 return
-        self._answered(None)
+        self._answered(self._worst)
 
     def _ask(self, server: str) -> bool:
         family = socket.AF_INET6 if ":" in server else socket.AF_INET
         self._sent = os.urandom(2) + self._query[2:]
-        sock = socket.socket(family, socket.SOCK_STREAM if self._tcp else socket.SOCK_DGRAM)
+        try:
+            sock = socket.socket(family, socket.SOCK_STREAM if self._tcp else socket.SOCK_DGRAM)
+        except OSError:  # no descriptors left
+            return False
         sock.setblocking(False)
         try:
             if sock.connect_ex(_address(server)) not in (0, errno.EINPROGRESS):
                 raise OSError("no route")
             if not self._tcp:
                 sock.send(self._sent)
-        except OSError:
+        except (OSError, ValueError):  # what is no address is no server
             sock.close()
             return False
         self._sock, self._got = sock, bytearray()
@@ -95,9 +99,15 @@ class _Query:
         except OSError:
             self.next()
             return
-        if reply is not None:
-            self._let_go()
-            self._answered(self._query[:2] + reply[2:])
+        if reply is None:
+            return
+        reply = self._query[:2] + reply[2:]
+        if dns.refused(reply):
+            self._worst = reply
+            self.next()
+            return
+        self._let_go()
+        self._answered(reply)
 
     def _over_udp(self) -> bytes | None:
         assert self._sock is not None

@@ -6,11 +6,12 @@ from __future__ import annotations
 
 import errno
 import os
+import random
 import socket
 from typing import NamedTuple
 
 from ambi.core.errors import AmbiError, Conflict, Forbidden, InvalidRequest, from_os_error
-from ambi.core.loop import POLLIN, Loop
+from ambi.core.loop import Loop
 from ambi.network.model import Port
 from ambi.network.netd import holder
 from ambi.network.netd.tcp import TcpProxy
@@ -72,8 +73,8 @@ class Ports:
         return made.port
 
     def _bind(self, port: Port) -> _Bound:
-        if port.protocol == "sctp":  # nft serves it; the kernel need not have sockets of it
-            return _Bound(port._replace(host_port=port.host_port or port.port), [])
+        if port.protocol == "sctp":
+            return self._sctp(port)
         for attempt in range(_TRIES):
             sockets: list[socket.socket] = []
             try:
@@ -86,14 +87,34 @@ class Ports:
                 for sock in sockets:
                     sock.close()
                 if port.host_port or attempt + 1 == _TRIES or error.errno != errno.EADDRINUSE:
-                    raise _refused(port, error) from error
+                    raise _refused(port, error, self._owner(port)) from error
         raise AssertionError("the last attempt returns or raises")
 
     def _serve(self, sock: socket.socket, port: Port) -> TcpProxy | UdpProxy:
         proxy = TcpProxy if port.protocol == "tcp" else UdpProxy
-        serving = proxy(self._loop, sock, port.port, port.targets)
-        self._loop.watch(sock.fileno(), POLLIN, serving.ready)
-        return serving
+        return proxy(self._loop, sock, port.port, port.targets)
+
+    def _sctp(self, port: Port) -> _Bound:
+        """nft alone serves it, and the kernel need not have sockets of it: the number is held among ours."""
+        if port.host_port:
+            if owner := self._owner(port):
+                raise _refused(port, OSError(errno.EADDRINUSE, ""), owner)
+            return _Bound(port, [])
+        with open("/proc/sys/net/ipv4/ip_local_port_range", encoding="ascii") as file:
+            first, last = map(int, file.read().split())
+        for number in random.sample(range(first, last + 1), min(_TRIES, last + 1 - first)):
+            if not self._owner(chosen := port._replace(host_port=number)):
+                return _Bound(chosen, [])
+        raise Conflict("no SCTP port is free", hint="publish a port by its number")
+
+    def _owner(self, port: Port) -> str:
+        """The key that has published `port`, "" for none."""
+        for key, bounds in self._bound.items():
+            for other in (bound.port for bound in bounds):
+                same_address = not other.host_ip or not port.host_ip or other.host_ip == port.host_ip
+                if (other.protocol, other.host_port) == (port.protocol, port.host_port) and same_address:
+                    return key
+        return ""
 
     def unpublish(self, key: str) -> None:
         for bound in self._bound.pop(key, ()):
@@ -130,10 +151,10 @@ def _open(protocol: str, address: str, number: int) -> socket.socket:
         raise
 
 
-def _refused(port: Port, error: OSError) -> AmbiError:
+def _refused(port: Port, error: OSError, owner: str) -> AmbiError:
     where = f"{port.host_ip or '0.0.0.0'}:{port.host_port}/{port.protocol}"
     if error.errno == errno.EADDRINUSE:
-        who = holder.of(port.protocol, port.host_port)
+        who = f"instance {owner[:12]}" if owner else holder.of(port.protocol, port.host_port)
         return Conflict(
             f"{where} is in use" + (f" by {who}" if who else ""), hint="publish another port, or end that process"
         )

@@ -5,20 +5,23 @@ from __future__ import annotations
 import errno
 import socket
 import struct
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
 from dnslib import RCODE
 
+from ambi.core.errors import Conflict, from_os_error
 from ambi.core.loop import POLLIN, POLLOUT, Loop, Timer
-from ambi.network.netd import dns
+from ambi.network.netd import dns, holder
 from ambi.network.netd.forward import Forwarder
+from ambi.network.netd.loop import Acceptor
 from ambi.network.netd.names import Asker, NameTable, NetworkNames
 from ambi.network.netd.resolvers import HostResolvers, Resolvers
 
 PORT = 53
 _IP_FREEBIND, _IPV6_FREEBIND = 15, 78  # linux/in.h, linux/in6.h
-_MOST_CONNECTIONS = 256
+_MOST_CONNECTIONS, _MOST_OF_ONE = 512, 16  # by TCP, in all and of one instance
 _IDLE_S = 10.0
 _DATAGRAMS = 64  # of one socket before others have their turn
 
@@ -29,14 +32,14 @@ class Responder:
     def __init__(self, loop: Loop, table: NameTable, resolvers: HostResolvers) -> None:
         self._loop, self._table, self._resolvers = loop, table, resolvers
         self._forwarder = Forwarder(loop)
-        self._sockets: dict[str, tuple[tuple[object, ...], list[socket.socket]]] = {}
-        self._connections: set[_Connection] = set()
+        self._serving: dict[str, tuple[tuple[object, ...], list[Callable[[], None]]]] = {}  # with what ends it
+        self._connections: Counter[str] = Counter()
 
     def serve(self, id: str, names: NetworkNames) -> None:
-        """Answer for a network from now on. Raises OSError when a gateway cannot be listened on."""
+        """Answer for a network from now on. Raises Conflict when port 53 of a gateway is taken, other AmbiErrors."""
         self._table.put(id, names)
         where = (names.bridge, names.gateways)
-        before = self._sockets.get(id)
+        before = self._serving.get(id)
         if before is not None and before[0] == where:
             return
         self._close(id)
@@ -45,23 +48,31 @@ class Responder:
             for gateway in names.gateways:
                 for kind in (socket.SOCK_DGRAM, socket.SOCK_STREAM):
                     opened.append(_listener(gateway, kind, names.bridge))
-        except OSError:
+        except BaseException:
             for sock in opened:
                 sock.close()
             raise
-        for sock in opened:
-            ready = self._datagrams(id, sock) if sock.type == socket.SOCK_DGRAM else self._accept(id, sock)
-            self._loop.watch(sock.fileno(), POLLIN, ready)
-        self._sockets[id] = (where, opened)
+        self._serving[id] = (where, [self._listen(id, sock) for sock in opened])
+
+    def _listen(self, id: str, sock: socket.socket) -> Callable[[], None]:
+        """What ends it."""
+        if sock.type == socket.SOCK_STREAM:
+            return Acceptor(self._loop, sock, lambda client, address: self._taken(id, client, address)).close
+        self._loop.watch(sock.fileno(), POLLIN, self._datagrams(id, sock))
+
+        def close() -> None:
+            self._loop.unwatch(sock.fileno())
+            sock.close()
+
+        return close
 
     def drop(self, id: str) -> None:
         self._table.drop(id)
         self._close(id)
 
     def _close(self, id: str) -> None:
-        for sock in self._sockets.pop(id, ((), []))[1]:
-            self._loop.unwatch(sock.fileno())
-            sock.close()
+        for end in self._serving.pop(id, ((), []))[1]:
+            end()
 
     def _datagrams(self, network: str, sock: socket.socket) -> Callable[[int], None]:
         def ready(_: int) -> None:
@@ -76,20 +87,22 @@ class Responder:
 
         return ready
 
-    def _accept(self, network: str, sock: socket.socket) -> Callable[[int], None]:
-        def ready(_: int) -> None:
-            try:
-                client, address = sock.accept()
-            except OSError:
-                return
-            asker = self._table.asker(network, address[0].partition("%")[0])
-            if asker is None or len(self._connections) >= _MOST_CONNECTIONS:
-                client.close()
-                return
-            client.setblocking(False)
-            self._connections.add(_Connection(self, self._loop, client, asker, self._connections.discard))
+    def _taken(self, network: str, client: socket.socket, address: Any) -> None:
+        asker = self._table.asker(network, address[0].partition("%")[0])
+        if (
+            asker is None
+            or self._connections.total() >= _MOST_CONNECTIONS
+            or self._connections[asker.instance] >= _MOST_OF_ONE
+        ):
+            client.close()
+            return
+        self._connections[asker.instance] += 1
+        _Connection(self, self._loop, client, asker)
 
-        return ready
+    def connection_ended(self, asker: Asker) -> None:
+        self._connections[asker.instance] -= 1
+        if not self._connections[asker.instance]:
+            del self._connections[asker.instance]
 
     def ask(self, asker: Asker, data: bytes, *, tcp: bool, answered: Callable[[bytes], None]) -> None:
         """Answer one query: from the table, or by sending it on. Bytes that are no query have no answer."""
@@ -118,10 +131,8 @@ class Responder:
 class _Connection:
     """A client that came by TCP: queries one after another, each with its length before it (RFC 7766)."""
 
-    def __init__(
-        self, owner: Responder, loop: Loop, sock: socket.socket, asker: Asker, ended: Callable[[_Connection], None]
-    ) -> None:
-        self._owner, self._loop, self._sock, self._asker, self._ended = owner, loop, sock, asker, ended
+    def __init__(self, owner: Responder, loop: Loop, sock: socket.socket, asker: Asker) -> None:
+        self._owner, self._loop, self._sock, self._asker = owner, loop, sock, asker
         self._input, self._output = bytearray(), bytearray()
         self._open = True
         self._idle: Timer = loop.later(_IDLE_S, self.close)
@@ -170,7 +181,7 @@ class _Connection:
             self._loop.cancel(self._idle)
             self._loop.unwatch(self._sock.fileno())
             self._sock.close()
-            self._ended(self)
+            self._owner.connection_ended(self._asker)
 
 
 def _listener(address: str, kind: int, bridge: str) -> socket.socket:
@@ -192,7 +203,12 @@ def _listener(address: str, kind: int, bridge: str) -> socket.socket:
         return sock
     except OSError as error:
         sock.close()
-        raise OSError(error.errno or errno.EIO, f"port {PORT} of {address} on {bridge}: {error.strerror}") from error
+        what = f"cannot answer names: port {PORT} of {address} on {bridge}"
+        if error.errno == errno.EADDRINUSE:
+            who = holder.of("tcp" if kind == socket.SOCK_STREAM else "udp", PORT)
+            hint = "have that server listen on its own addresses alone: bind-interfaces for dnsmasq"
+            raise Conflict(f"{what} is in use{f' by {who}' if who else ''}", hint=hint) from error
+        raise from_os_error(what, error) from error
 
 
 def _sender(sock: socket.socket, address: Any) -> Callable[[bytes], None]:

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import fcntl
+import logging
 import os
 import resource
 import signal
 import socket
+import time
 from pathlib import Path
 from typing import Any
 
 from ambi.core.errors import AmbiError, Conflict, InvalidRequest, from_os_error
-from ambi.core.loop import POLLIN, Loop
+from ambi.core.loop import POLLIN
 from ambi.core.roots import Roots
-from ambi.linux import capabilities, process, unix
+from ambi.linux import unix
 from ambi.network.model import Port
+from ambi.network.netd.confine import confine
+from ambi.network.netd.loop import EpollLoop
 from ambi.network.netd.names import NameTable, NetworkNames
 from ambi.network.netd.ports import Ports
 from ambi.network.netd.resolvers import HostResolvers
@@ -22,7 +26,7 @@ from ambi.network.netd.responder import Responder
 
 VERSION = 1
 IDLE_S = 10.0
-_KEPT = ["CAP_NET_BIND_SERVICE", "CAP_NET_RAW", "CAP_NET_ADMIN", "CAP_SYS_PTRACE", "CAP_DAC_READ_SEARCH"]
+_LOCK_S = 3.0  # to wait for an earlier netd that is ending
 
 
 class Server:
@@ -31,11 +35,8 @@ class Server:
     def __init__(self, roots: Roots) -> None:
         """Raises Conflict when another netd serves this run root."""
         self._lock = os.open(roots.run / "netd.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise Conflict(f"another netd serves {roots.run}") from None
-        self._loop = Loop()
+        _take(self._lock, str(roots.run))
+        self._loop = EpollLoop()
         self._table = NameTable()
         self._responder = Responder(self._loop, self._table, HostResolvers())
         self._ports = Ports(self._loop)
@@ -43,13 +44,11 @@ class Server:
         self._stopped = False
         self._listener = unix.listen(roots.netd_socket)
         self._listener.setblocking(False)
-        self._path = roots.netd_socket
         self._loop.watch(self._listener.fileno(), POLLIN, self._accept)
 
     def run(self) -> None:
         self._rest()
         self._loop.run(lambda: self._stopped)
-        self._path.unlink(missing_ok=True)
 
     def _rest(self) -> None:
         """Look now and then whether there is still something to serve."""
@@ -131,9 +130,9 @@ class Server:
             return
         try:
             self._responder.serve(id, NetworkNames.from_wire(names))
-        except OSError as error:
+        except BaseException:
             self._responder.drop(id)
-            raise from_os_error("cannot answer names", error) from error
+            raise
 
 
 def main(argv: list[str]) -> int:
@@ -142,9 +141,10 @@ def main(argv: list[str]) -> int:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard if hard != resource.RLIM_INFINITY else max(soft, 1 << 16), hard))
     ready = int(argv[1])
-    _give_up_privileges()
+    logging.basicConfig(format="%(message)s")
     try:
         server = Server(Roots(run=Path(argv[0])))
+        confine()
     except AmbiError as error:
         os.write(ready, error.message.encode()[:4000])
         return 1
@@ -157,9 +157,14 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _give_up_privileges() -> None:
-    """It reads what instances and their clients send: it keeps what binding ports and naming their holders takes."""
-    keep = capabilities.mask_of(_KEPT) & capabilities.permitted()
-    capabilities.set_process(keep, keep, 0)
-    process.no_new_privileges()
-    process.set_dumpable(False)
+def _take(lock: int, run_root: str) -> None:
+    """Raises Conflict when another netd serves this run root, and is not about to end."""
+    end = time.monotonic() + _LOCK_S
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if time.monotonic() > end:
+                raise Conflict(f"another netd serves {run_root}", hint=f"fuser {run_root}/netd.lock") from None
+        time.sleep(0.02)

@@ -8,39 +8,39 @@ import socket
 from collections.abc import Callable
 
 from ambi.core.loop import POLLIN, POLLOUT, Loop, Timer
+from ambi.network.netd.loop import Acceptor
 
 _PIPE_BYTES = 64 << 10
 _CONNECT_S = 30.0
-_ACCEPTS = 64  # at once, before others have their turn
+_ROUNDS = 16  # of one connection, before others have their turn
 _MOST = 4096  # connections of one port
-_SPLICE = os.SPLICE_F_NONBLOCK | os.SPLICE_F_MOVE if hasattr(os, "SPLICE_F_NONBLOCK") else 0x02 | 0x01
+_SPLICE = os.SPLICE_F_NONBLOCK | os.SPLICE_F_MOVE
 
 
 class TcpProxy:
     """One listening socket. targets: addresses of the instance; the one of the client's family is preferred."""
 
     def __init__(self, loop: Loop, listener: socket.socket, port: int, targets: tuple[str, ...]) -> None:
-        self._loop, self._listener, self._port = loop, listener, port
+        self._loop, self._port = loop, port
+        self._six = listener.family == socket.AF_INET6
         self.targets = targets
         self._pairs: set[_Pair] = set()
+        self._acceptor = Acceptor(loop, listener, self._taken)
 
-    def ready(self, _: int) -> None:
-        for _count in range(_ACCEPTS):
-            try:
-                client, _ = self._listener.accept()
-            except OSError:  # none left, or a client that has gone already, or no descriptors
-                return
-            target = self._target()
-            if target is None or len(self._pairs) >= _MOST:
-                client.close()
-                continue
+    def _taken(self, client: socket.socket, _: object) -> None:
+        target = self._target() if len(self._pairs) < _MOST else None
+        if target is None:
+            client.close()
+        else:
             self._pairs.add(_Pair(self._loop, client, target, self._pairs.discard))
 
     def _target(self) -> socket.socket | None:
         """A socket that connects to the instance; None when there is nothing to connect to."""
-        six = self._listener.family == socket.AF_INET6
-        for address in sorted(self.targets, key=lambda x: (":" in x) != six):
-            sock = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_STREAM)
+        for address in sorted(self.targets, key=lambda x: (":" in x) != self._six):
+            try:
+                sock = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_STREAM)
+            except OSError:  # no descriptors left
+                return None
             sock.setblocking(False)
             if sock.connect_ex((address, self._port)) in (0, errno.EINPROGRESS):
                 return sock
@@ -49,8 +49,7 @@ class TcpProxy:
 
     def close(self) -> None:
         """Stop listening, and cut what is joined: the instance has gone."""
-        self._loop.unwatch(self._listener.fileno())
-        self._listener.close()
+        self._acceptor.close()
         for pair in list(self._pairs):
             pair.close()
 
@@ -68,10 +67,9 @@ class _Flow:
         self.shut = False  # and the target has been told
 
     def move(self) -> None:
-        """As much as goes now. Raises OSError when a side is gone."""
-        while True:
-            moved = self._take() + self._give()
-            if not moved:
+        """As much as goes now, within reason. Raises OSError when a side is gone."""
+        for _round in range(_ROUNDS):
+            if not self._take() + self._give():
                 break
         if self.ended and not self.held and not self.shut:
             self.shut = True
@@ -111,7 +109,6 @@ class _Pair:
         self._flows: tuple[_Flow, ...] = ()
         self._timer: Timer | None = loop.later(_CONNECT_S, self.close)
         for sock in (client, target):
-            sock.setblocking(False)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         loop.watch(target.fileno(), POLLOUT, self._connected)
 
@@ -145,8 +142,8 @@ class _Pair:
         self._watch(self._server, back, there)
 
     def _watch(self, sock: socket.socket, reading: _Flow, writing: _Flow) -> None:
-        wants_in = not reading.ended and reading.held < _PIPE_BYTES
-        events = (POLLIN if wants_in else 0) | (POLLOUT if writing.held else 0)
+        # What is held waits for its target. A pipe can be full with few bytes in it: more is read when it is empty.
+        events = (POLLIN if not reading.ended and not reading.held else 0) | (POLLOUT if writing.held else 0)
         if events:
             self._loop.watch(sock.fileno(), events, self._ready)
         else:
