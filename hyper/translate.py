@@ -122,7 +122,7 @@ def cpu_limits(plan: LaunchPlan) -> Limits:
     """The same quota for the VMM as for the workload in the guest, which might not keep to it."""
     cpu = ((plan.config.get("linux") or {}).get("resources") or {}).get("cpu") or {}
     quota = cpu.get("quota") or 0
-    return Limits(cpu_quota_us=max(0, quota), cpu_period_us=cpu.get("period") or 100_000)
+    return Limits(cpu_quota_us=max(-1, quota), cpu_period_us=cpu.get("period") or 100_000)
 
 
 def process(body: dict[str, Any], config: dict[str, Any], *, stdin: bool) -> Items:

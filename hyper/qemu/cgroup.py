@@ -16,7 +16,7 @@ KILL_PAUSE_S = 0.02
 
 
 class Limits(NamedTuple):
-    """0: none. cpu: microseconds of CPU time in each period."""
+    """0: as it is, none at first; cpu_quota_us -1: none any more. cpu: microseconds of CPU time in each period."""
 
     memory_bytes: int = 0
     cpu_quota_us: int = 0
@@ -150,7 +150,8 @@ def _files(controllers: frozenset[str], limits: Limits) -> list[tuple[str, str]]
         if limits.memory_bytes:
             files.append(("memory.max", str(limits.memory_bytes)))
         if limits.cpu_quota_us:
-            files.append(("cpu.max", f"{limits.cpu_quota_us} {limits.cpu_period_us}"))
+            quota = "max" if limits.cpu_quota_us < 0 else str(limits.cpu_quota_us)
+            files.append(("cpu.max", f"{quota} {limits.cpu_period_us}"))
         if limits.pids:
             files.append(("pids.max", str(limits.pids)))
     if "memory" in controllers and limits.memory_bytes:

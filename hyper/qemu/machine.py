@@ -14,7 +14,7 @@ from ambi.core.model import Status, Usage
 from ambi.core.plan import LaunchPlan
 from hyper import translate
 from hyper.guest.protocol import INIT_ID, VERSION, HelloTag, Items, NetTag, Type
-from hyper.qemu import tree
+from hyper.qemu import live, tree
 from hyper.qemu.cgroup import Cgroup
 from hyper.qemu.console import Console
 from hyper.qemu.guest_process import GuestProcess
@@ -56,6 +56,7 @@ class VirtualMachine:
         self._parts = parts
         self._loop = loop
         self._running = False
+        self._paused = False
         self._usage = Usage(0, 0, 0, 0, 0, 0, 0, 0)
         self._next_id = INIT_ID + 1
         self._execs: dict[int, GuestProcess] = {}
@@ -103,8 +104,7 @@ class VirtualMachine:
         self.init.started(answer.fields.number(1))
 
     def exec(self, process: dict[str, Any], stdin: bool, by: Deadline) -> GuestProcess:
-        if self.state() is not Status.RUNNING:
-            raise Conflict("the virtual machine is not running")
+        self._check_running()
         items = translate.process(process, self._plan.config, stdin=stdin)
         self._execs = {ident: p for ident, p in self._execs.items() if p.exit is None}
         if len(self._execs) >= MAX_EXECS:
@@ -138,14 +138,44 @@ class VirtualMachine:
         self._looks.append(Look(self._loop, self._link, ident, verb, fd, done))
         self._looks[-1].begin(tree.items(self._plan, request))
 
-    # networks
+    def _check_running(self) -> None:
+        state = self.state()
+        if state is not Status.RUNNING:
+            raise Conflict(f"the virtual machine is {'paused' if state is Status.PAUSED else 'not running'}")
+
+    # changes while it runs
+
+    def pause(self, by: Deadline) -> None:
+        """Stop its CPUs: everything in it stands still, its agent too."""
+        if not self._paused:
+            self._check_running()
+            self._parts.qmp.execute("stop", by)
+            self._paused = True
+
+    def resume(self, by: Deadline) -> None:
+        if self._paused:
+            self._parts.qmp.execute("cont", by)
+            self._paused = False
+            self._link.request(Type.TIME, ((1, time.time_ns()),))  # its clock stood still as well
+
+    def update(self, resources: dict[str, Any], by: Deadline) -> None:
+        self._check_running()
+        plan = live.updated(self._plan, resources)
+        items = live.limits(plan, resources)
+        if items:
+            self._link.wait(self._link.request(Type.LIMITS, items), by, "the guest's agent")
+        self._parts.cgroup.limit(translate.cpu_limits(plan))
+        self._plan = plan
 
     def plug_nic(self, name: str, by: Deadline) -> None:
         network = self._network()
+        self._check_running()
         self._link.wait(self._link.request(Type.NET, network.plug(name)), by, "the guest's agent")
 
     def unplug_nic(self, name: str, by: Deadline) -> None:
-        device = self._network().unplug(name)
+        network = self._network()
+        self._check_running()
+        device = network.unplug(name)
         if device is not None:
             self._link.wait(self._link.request(Type.UNPLUG, ((NetTag.MAC, device),)), by, "the guest's agent")
 
@@ -161,20 +191,27 @@ class VirtualMachine:
     def state(self) -> Status:
         if self.init.exit is not None or self._deleted:
             return Status.EXITED
+        if self._paused:
+            return Status.PAUSED
         return Status.RUNNING if self._running else Status.CREATED
 
     def usage(self) -> Usage:
+        if self._paused:
+            return self._usage
         try:
             fields = self._ask(Type.STATS)
+            read, written = live.block_bytes(self._parts.qmp.execute("query-blockstats", Deadline.after(ANSWER_S)))
         except Unavailable:
             return self._usage
         numbers = [fields.number(tag) for tag in range(1, 8)]
         cpu, user, system, used, cache, pids, kills = numbers
         limit = translate.memory_limit(self._plan)
-        self._usage = Usage(cpu, user, system, used, cache, limit, pids, kills)
+        self._usage = Usage(cpu, user, system, used, cache, limit, pids, kills, read, written)
         return self._usage
 
     def processes(self) -> list[dict[str, Any]]:
+        if self._paused:
+            raise Conflict("the virtual machine is paused: its guest answers nothing", hint="ambi unpause it first")
         rows = (row.split(" ", 6) for row in self._ask(Type.PROCESSES).texts(1))
         try:
             return [_process_row(row) for row in rows]
@@ -223,7 +260,7 @@ class VirtualMachine:
         self._deleted = True
         left = by.remaining()
         soon = Deadline.after(POWER_OFF_S if left is None else min(left / 2, POWER_OFF_S))
-        if not self._link.ended and not translate.disposable(self._plan):
+        if not self._link.ended and not self._paused and not translate.disposable(self._plan):
             self._power_off(soon)
         self.destroy()
 

@@ -28,20 +28,29 @@ static int set(const char *file, const char *text, struct error *e) {
     return write_file(path, text) < 0 ? fail_errno(e, errno, "cannot set %s of the workload to '%s'", file, text) : 0;
 }
 
+/* UINT64_MAX takes a limit away. */
+static void print_limit(char text[32], uint64_t value) {
+    if (value == UINT64_MAX)
+        strcpy(text, "max");
+    else
+        snprintf(text, 32, "%" PRIu64, value);
+}
+
 int cgroup_limit(const struct limits *limits, struct error *e) {
-    char text[64];
+    char text[64], value[32];
     if (limits->memory) {
-        snprintf(text, sizeof(text), "%" PRIu64, limits->memory);
+        print_limit(text, limits->memory);
         if (set("memory.max", text, e) < 0)
             return -1;
     }
     if (limits->cpu_quota) {
-        snprintf(text, sizeof(text), "%" PRIu64 " %" PRIu64, limits->cpu_quota, limits->cpu_period ? limits->cpu_period : 100000);
+        print_limit(value, limits->cpu_quota);
+        snprintf(text, sizeof(text), "%s %" PRIu64, value, limits->cpu_period ? limits->cpu_period : 100000);
         if (set("cpu.max", text, e) < 0)
             return -1;
     }
     if (limits->pids) {
-        snprintf(text, sizeof(text), "%" PRIu64, limits->pids);
+        print_limit(text, limits->pids);
         if (set("pids.max", text, e) < 0)
             return -1;
     }

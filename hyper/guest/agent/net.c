@@ -272,13 +272,13 @@ static int parse(struct wanted *w, struct fields fields, struct error *e) {
     return w->mac ? 0 : fail(e, "InvalidRequest", "NET: no MAC");
 }
 
-/* Name, MAC and MTU; a link has its name before it is up. */
-static int identify(int fd, unsigned index, const struct wanted *w, struct error *e) {
+/* Name, MAC and MTU; a link that is up takes no name, not even the one that it has. */
+static int identify(int fd, unsigned index, const char *name, const struct wanted *w, struct error *e) {
     struct request r;
     struct ifinfomsg *link = begin(&r, RTM_NEWLINK, 0, sizeof(*link));
     uint32_t mtu = (uint32_t)w->mtu;
     link->ifi_index = (int)index;
-    if (w->name[0])
+    if (w->name[0] && strcmp(w->name, name) != 0)
         put(&r, IFLA_IFNAME, w->name, strlen(w->name) + 1);
     if (w->new_mac)
         put(&r, IFLA_ADDRESS, w->new_mac, MAC_LENGTH);
@@ -369,7 +369,7 @@ static int configure(unsigned number, const struct wanted *w, struct fields fiel
     int fd = socket(AF_NETLINK, SOCK_RAW | SOCK_CLOEXEC, NETLINK_ROUTE);
     if (fd < 0)
         return fail_errno(e, errno, "cannot configure the guest's network");
-    int result = identify(fd, index, w, e);
+    int result = identify(fd, index, name, w, e);
     if (result == 0) {
         set_protocols(w->name[0] ? w->name : name, w->ipv6);
         result = set_up(fd, index, e);
@@ -384,13 +384,13 @@ int net_plug(struct fields *fields, struct error *e) {
     struct wanted w;
     if (parse(&w, *fields, e) < 0 || load_driver(e) < 0)
         return -1;
+    int known = number_of_mac(w.mac);
+    bool was_there = known >= 0 && is_bound((unsigned)known);
     int number = bring_mac(w.mac, e);
-    if (number < 0)
-        return -1;
-    if (configure((unsigned)number, &w, *fields, e) == 0)
-        return 0;
-    drive((unsigned)number, "unbind");
-    return -1;
+    int result = number < 0 ? -1 : configure((unsigned)number, &w, *fields, e);
+    if (result < 0 && number >= 0 && !was_there)
+        drive((unsigned)number, "unbind");
+    return result;
 }
 
 int net_unplug(struct fields *fields, struct error *e) {
