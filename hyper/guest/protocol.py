@@ -59,6 +59,8 @@ class Type(IntEnum):
     NET = 0x11
     UNPLUG = 0x12
     LIMITS = 0x14
+    FREEZE = 0x15
+    THAW = 0x16
     TREE = 0x13
     READY = 0x80
     HELLO_OK = 0x81

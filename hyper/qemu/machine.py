@@ -143,23 +143,27 @@ class VirtualMachine:
         if state is not Status.RUNNING:
             raise Conflict(f"the virtual machine is {'paused' if state is Status.PAUSED else 'not running'}")
 
+    def _check_alive(self) -> None:
+        """It runs, be it paused."""
+        if not self._paused:
+            self._check_running()
+
     # changes while it runs
 
     def pause(self, by: Deadline) -> None:
-        """Stop its CPUs: everything in it stands still, its agent too."""
+        """Freeze the workload in the guest. Its agent goes on, so figures, looks into the root and SIGKILL work as ever."""
         if not self._paused:
             self._check_running()
-            self._parts.qmp.execute("stop", by)
+            self._link.wait(self._link.request(Type.FREEZE), by, "the guest's agent")
             self._paused = True
 
     def resume(self, by: Deadline) -> None:
         if self._paused:
-            self._parts.qmp.execute("cont", by)
+            self._link.wait(self._link.request(Type.THAW), by, "the guest's agent")
             self._paused = False
-            self._link.request(Type.TIME, ((1, time.time_ns()),))  # its clock stood still as well
 
     def update(self, resources: dict[str, Any], by: Deadline) -> None:
-        self._check_running()
+        self._check_alive()
         plan = live.updated(self._plan, resources)
         items = live.limits(plan, resources)
         if items:
@@ -169,12 +173,12 @@ class VirtualMachine:
 
     def plug_nic(self, name: str, by: Deadline) -> None:
         network = self._network()
-        self._check_running()
+        self._check_alive()
         self._link.wait(self._link.request(Type.NET, network.plug(name)), by, "the guest's agent")
 
     def unplug_nic(self, name: str, by: Deadline) -> None:
         network = self._network()
-        self._check_running()
+        self._check_alive()
         device = network.unplug(name)
         if device is not None:
             self._link.wait(self._link.request(Type.UNPLUG, ((NetTag.MAC, device),)), by, "the guest's agent")
@@ -196,8 +200,6 @@ class VirtualMachine:
         return Status.RUNNING if self._running else Status.CREATED
 
     def usage(self) -> Usage:
-        if self._paused:
-            return self._usage
         try:
             fields = self._ask(Type.STATS)
             read, written = live.block_bytes(self._parts.qmp.execute("query-blockstats", Deadline.after(ANSWER_S)))
@@ -210,8 +212,6 @@ class VirtualMachine:
         return self._usage
 
     def processes(self) -> list[dict[str, Any]]:
-        if self._paused:
-            raise Conflict("the virtual machine is paused: its guest answers nothing", hint="ambi unpause it first")
         rows = (row.split(" ", 6) for row in self._ask(Type.PROCESSES).texts(1))
         try:
             return [_process_row(row) for row in rows]
@@ -260,7 +260,7 @@ class VirtualMachine:
         self._deleted = True
         left = by.remaining()
         soon = Deadline.after(POWER_OFF_S if left is None else min(left / 2, POWER_OFF_S))
-        if not self._link.ended and not self._paused and not translate.disposable(self._plan):
+        if not self._link.ended and not translate.disposable(self._plan):
             self._power_off(soon)
         self.destroy()
 

@@ -3,10 +3,12 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <inttypes.h>
+#include <poll.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
+#include <time.h>
 #include <unistd.h>
 
 #define TOP "/sys/fs/cgroup"
@@ -61,6 +63,42 @@ int cgroup_limit(const struct limits *limits, struct error *e) {
             return -1;
     }
     return 0;
+}
+
+/* The kernel tells of a change of cgroup.events by POLLPRI; processes that sleep uninterruptibly freeze when they wake. */
+static bool await_frozen(int events) {
+    struct pollfd poll_events = {.fd = events, .events = POLLPRI};
+    uint64_t end = now_ns(CLOCK_MONOTONIC) + 1000000000u;
+    for (;;) {
+        char text[128];
+        ssize_t n = pread(events, text, sizeof(text) - 1, 0);
+        text[n > 0 ? n : 0] = 0;
+        uint64_t now = now_ns(CLOCK_MONOTONIC);
+        if (strstr(text, "frozen 1"))
+            return true;
+        if (now >= end || poll(&poll_events, 1, (int)((end - now) / 1000000u) + 1) < 0)
+            return false;
+    }
+}
+
+int cgroup_freeze(struct error *e) {
+    int events = open(GROUP "/cgroup.events", O_RDONLY | O_CLOEXEC);
+    if (events < 0 || write_file(GROUP "/cgroup.freeze", "1") < 0) {
+        fail_errno(e, errno, "cannot freeze the workload");
+        if (events >= 0)
+            close(events);
+        return -1;
+    }
+    bool frozen = await_frozen(events);
+    close(events);
+    if (frozen)
+        return 0;
+    cgroup_thaw(e);
+    return fail(e, "Unavailable", "the workload does not stand still: a process of it waits for a device");
+}
+
+int cgroup_thaw(struct error *e) {
+    return write_file(GROUP "/cgroup.freeze", "0") < 0 ? fail_errno(e, errno, "cannot thaw the workload") : 0;
 }
 
 void cgroup_kill(void) {

@@ -31,8 +31,10 @@ enum message_type {
     MSG_NET,
     MSG_UNPLUG,
     MSG_LIMITS = 0x14,
+    MSG_FREEZE,
+    MSG_THAW,
     MSG_TREE = 0x13,
-    MSG_LAST_FROM_HOST = 0x18, /* 0x15 to 0x18 are of later versions */
+    MSG_LAST_FROM_HOST = 0x18, /* 0x17 and 0x18 are of later versions */
     MSG_READY = 0x80,
     MSG_HELLO_OK,
     MSG_OK,

@@ -246,6 +246,12 @@ static void handle(struct agent *a, uint16_t type, uint32_t id, uint8_t *body, s
     case MSG_UNPLUG:
         answer_result(a, id, net_unplug(&fields, &e), &e);
         break;
+    case MSG_FREEZE:
+        answer_result(a, id, cgroup_freeze(&e), &e);
+        break;
+    case MSG_THAW:
+        answer_result(a, id, cgroup_thaw(&e), &e);
+        break;
     case MSG_LIMITS:
         answer_result(a, id, set_limits(body, length, &e), &e);
         break;
@@ -259,6 +265,8 @@ static void on_stream(struct agent *a, const struct frame *frame) {
     struct process *p = process_find(&a->processes, frame->id);
     if (p && frame->type == MSG_STDIN)
         process_input(&a->processes, p, frame->body, frame->length);
+    else if (p && p->only_writes && !p->exited)
+        kill(p->pid, SIGKILL);
     else if (p)
         process_close_input(&a->processes, p);
 }
