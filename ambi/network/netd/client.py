@@ -145,6 +145,7 @@ class Netd:
                 self._sock = unix.connect(self._roots.netd_socket, _CALL_S)
             except OSError:
                 return False
+            threading.Thread(target=self._watch, args=(self._sock,), name="netd", daemon=True).start()
         return True
 
     def _connect_anew(self) -> None:
@@ -152,8 +153,8 @@ class Netd:
         self._disconnect()
         if not self._reach():
             self._start()
-            self._sock = unix.connect(self._roots.netd_socket, _CALL_S)
-        threading.Thread(target=self._watch, args=(self._sock,), name="netd", daemon=True).start()
+            if not self._reach():
+                raise ConnectionRefusedError(f"netd does not listen at {self._roots.netd_socket}")
         for id, names in self._networks.items():
             self._again({"op": "network", "id": id, "names": names})
         for key, ports in self._ports.items():
