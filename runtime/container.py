@@ -19,10 +19,14 @@ from ambi.core.undo import Undo
 from ambi.linux import process
 from runtime import exec as executor
 from runtime import spawn, terminal, top
+from runtime.cgroups.oom import Bell
 from runtime.cgroups.v1 import Group
 from runtime.finish import Filter
 from runtime.spare import Spares
 from runtime.tree import View
+
+_LISTEN_S = 0.05  # after a start
+_KILL_S = 0.1  # from the news that memory has run out to the kernel's choice of a process
 
 
 class ContainerProcess:
@@ -162,6 +166,9 @@ class Container:
         self._started = False
         self._last_usage: Usage | None = None
         self._execs: list[ContainerProcess] = []
+        self._paused = False
+        self._bell: Bell | None = None
+        self.on_oom: Callable[[], None] | None = None
         init.on_reaped = self._init_ended
         init.watch(loop)
 
@@ -178,10 +185,13 @@ class Container:
         finally:
             self._channel.close()
             self._channel = None
+        self._loop.later(_LISTEN_S, self._listen)
 
     def exec(self, process: dict[str, Any], stdin: bool, by: Deadline) -> ContainerProcess:
         if not self._started or self._init.exit is not None:
             raise Conflict("cannot exec in a stopped container")
+        if self._paused:
+            raise Conflict(f"Container {self._id} is paused, unpause the container before exec")
         if not process.get("args"):
             raise InvalidRequest("no command to execute is given")
         with Undo() as undo:
@@ -216,7 +226,54 @@ class Container:
     def state(self) -> Status:
         if self._init.exit is not None:
             return Status.EXITED
+        if self._paused:
+            return Status.PAUSED
         return Status.RUNNING if self._started else Status.CREATED
+
+    def pause(self, by: Deadline) -> None:
+        if not self._started or self._init.exit is not None:
+            raise Conflict(f"container {self._id} is not running")
+        if not self._paused:
+            self._spares.end()  # it lives in the cgroups as well, and could not be ended while they are frozen
+            self._group.freeze(by)
+            self._paused = True
+
+    def resume(self, by: Deadline) -> None:
+        del by
+        self._group.thaw()
+        self._paused = False
+
+    def update(self, resources: dict[str, Any], by: Deadline) -> None:
+        del by
+        if not self._started or self._init.exit is not None:
+            raise Conflict(f"container {self._id} is not running")
+        self._group.update(resources)
+
+    def _listen(self) -> None:
+        """For memory that runs out. Not on the way of a start; what came before is told with the end of the process."""
+        if self._init.exit is None and self._bell is None:
+            self._bell = self._group.oom_bell()
+            if self._bell is not None:
+                self._loop.watch(self._bell.fd, self._bell.events, lambda _: self._rung())
+
+    def _rung(self) -> None:
+        if self._bell is None:
+            return
+        self._bell.quiet()
+        if self._group.oom_kills() > 0:
+            self._tell_oom()
+        else:  # version 1 rings before it kills
+            self._loop.later(_KILL_S, self._tell_oom)
+
+    def _tell_oom(self) -> None:
+        if self._group.oom_kills() > 0 and self.on_oom is not None:
+            self.on_oom()
+
+    def _stop_listening(self) -> None:
+        if self._bell is not None:
+            self._loop.unwatch(self._bell.fd)
+            os.close(self._bell.fd)
+            self._bell = None
 
     def usage(self) -> Usage:
         if self._last_usage is not None:
@@ -234,6 +291,9 @@ class Container:
             self._group.kill()
 
     def delete(self, by: Deadline) -> None:
+        self._stop_listening()
+        if self._paused:
+            self.resume(by)
         self._init.signal(signal.SIGKILL)
         self._init.reap(by)
         self._group.kill()

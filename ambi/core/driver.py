@@ -111,6 +111,12 @@ class Updatable(Protocol):
         """
 
 
+class Alarmed(Protocol):
+    """Of a Created that can tell, while the workload runs on, that the kernel has killed one of its processes for memory."""
+
+    on_oom: Callable[[], None] | None  # called from the loop, perhaps several times
+
+
 class Pluggable(Protocol):
     """Of a Created whose workload does not see what the engine does in its network namespace: a VM."""
 

@@ -24,7 +24,7 @@ from ambi.core.loop import Loop
 from ambi.core.model import ExitStatus
 from ambi.core.plan import LaunchPlan
 from ambi.core.undo import Undo
-from ambi.shim import drivers, leave, logread, netns, record, trees
+from ambi.shim import abilities, drivers, leave, logread, netns, record, trees
 from ambi.shim.attach import Attach, Hub
 from ambi.shim.control import Control, Request
 from ambi.shim.log import LogWriter
@@ -144,6 +144,7 @@ class Shim:
             created = driver.create(plan, undo, by, self.loop)
             undo.keep()
         self._created = created
+        abilities.hear_oom(created, self._out_of_memory)
         try:
             self._init = Session(self.loop, self._hub, self._log, lambda _: self._todo.append(self._init_ended))
             self._init.run(created.init)
@@ -297,7 +298,9 @@ class Shim:
         """A method that not every driver has, see ambi/core/driver.py."""
         found: Callable[..., None] | None = getattr(self._running(), ability, None)
         if found is None:
-            raise Unsupported(f"a {self.spec.isolation} cannot do this: {ability}", hint="run it in the other kind of isolation")
+            raise Unsupported(
+                f"a {self.spec.isolation} cannot do this: {ability}", hint="run it in the other kind of isolation"
+            )
         return found
 
     def plug_nic(self, request: Request) -> dict[str, Any]:
@@ -317,6 +320,7 @@ class Shim:
             self._end(None)
         elif self._phase == "running" and self._init is not None and self._init.exit is None:
             assert self._init.process is not None
+            abilities.thaw(self._running(), Deadline.after(by_s))
             self._init.process.signal(9)
             self.loop.later(by_s, self._force)
 
@@ -363,7 +367,11 @@ class Shim:
                 oom = self._created.usage().oom_kills > 0
             except AmbiError:  # init is gone, and its own status will tell
                 return
-        if oom and not self._oom_told:
+        if oom:
+            self._out_of_memory()
+
+    def _out_of_memory(self) -> None:
+        if not self._oom_told:
             self._oom_told = True
             self.control.event({"event": "oom"})
 

@@ -10,8 +10,9 @@ from pathlib import PurePosixPath
 from typing import Any, Protocol
 
 from ambi.core.deadline import Deadline
-from ambi.core.errors import InvalidRequest, Unavailable
+from ambi.core.errors import InvalidRequest, Unavailable, Unsupported
 from ambi.core.model import Usage
+from runtime.cgroups import change, freezer, oom
 from runtime.cgroups.hierarchies import Hierarchies, below, read, read_number, read_table, write
 from runtime.devices import Rule
 
@@ -36,7 +37,22 @@ class Group(Protocol):
 
     def oom_kills(self) -> int: ...
 
+    def oom_bell(self) -> oom.Bell | None:
+        """What tells of memory that runs out; None where nothing can."""
+
     def pids(self) -> list[int]: ...
+
+    def freeze(self, by: Deadline) -> None:
+        """Stop every process of the group; returns when none runs. Raises DeadlineExceeded, Unsupported; thawed then."""
+
+    def thaw(self) -> None:
+        """Let them go on; a group that is not frozen or is gone is no error."""
+
+    def update(self, resources: dict[str, Any]) -> None:
+        """Change the limits that an OCI `resources` object names: all, or none.
+
+        Raises Conflict, InvalidRequest, Unsupported.
+        """
 
     def kill(self) -> None:
         """SIGKILL every process of the group and of those below it."""
@@ -141,6 +157,7 @@ class V1Group:
     def usage(self) -> Usage:
         cpu, memory = self._directory("cpuacct"), self._directory("memory")
         limit = read_number(memory, "memory.limit_in_bytes")
+        read_bytes, written_bytes = self._block_bytes()
         return Usage(
             cpu_ns=read_number(cpu, "cpuacct.usage"),
             cpu_user_ns=read_number(cpu, "cpuacct.usage_user"),
@@ -150,10 +167,25 @@ class V1Group:
             memory_limit_bytes=0 if limit >= _UNLIMITED else limit,
             pids=read_number(self._directory("pids"), "pids.current"),
             oom_kills=self.oom_kills(),
+            block_read_bytes=read_bytes,
+            block_write_bytes=written_bytes,
         )
+
+    def _block_bytes(self) -> tuple[int, int]:
+        """Read from and written to all devices, but for write-back. A line of blkio: `8:0 Read 4096`."""
+        blkio, sums = self._directory("blkio"), {"Read": 0, "Write": 0}
+        text = read(blkio, "blkio.throttle.io_service_bytes_recursive") or read(blkio, "blkio.throttle.io_service_bytes")
+        for line in text.splitlines():
+            words = line.split()
+            if len(words) == 3 and words[1] in sums:
+                sums[words[1]] += int(words[2])
+        return sums["Read"], sums["Write"]
 
     def oom_kills(self) -> int:
         return read_table(self._directory("memory"), "memory.oom_control").get("oom_kill", 0)
+
+    def oom_bell(self) -> oom.Bell | None:
+        return oom.bell_v1(self._directory("memory"))
 
     def _some_directory(self) -> str:
         """One hierarchy that every process of the group is in."""
@@ -180,6 +212,33 @@ class V1Group:
                 pass
         if freezer:
             self._set_frozen(directory, "THAWED")
+
+    def freeze(self, by: Deadline) -> None:
+        if not self._hierarchies.of("freezer"):
+            raise Unsupported(
+                "cannot pause: this host has no freezer controller",
+                hint="mount -t cgroup -o freezer none /sys/fs/cgroup/freezer",
+            )
+        freezer.freeze_v1(self._directory("freezer"), by)
+
+    def thaw(self) -> None:
+        freezer.thaw_v1(self._directory("freezer"))
+
+    def update(self, resources: dict[str, Any]) -> None:
+        settings = [
+            change.Setting(self._directory(controller), name, str(value))
+            for controller, name, value in _settings(resources)
+            if value is not None
+        ]
+        both = [s for s in settings if s.name in ("memory.limit_in_bytes", "memory.memsw.limit_in_bytes")]
+        if len(both) == 2 and self._grows(both[1]):  # memory alone must never be above both together
+            at = settings.index(both[0])
+            settings[at : at + 2] = [both[1], both[0]]
+        change.apply(settings)
+
+    @staticmethod
+    def _grows(setting: change.Setting) -> bool:
+        return setting.value == "-1" or int(setting.value) > read_number(setting.directory, setting.name)
 
     @staticmethod
     def _set_frozen(directory: str, state: str) -> None:

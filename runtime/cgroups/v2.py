@@ -8,9 +8,10 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from ambi.core.deadline import Deadline
-from ambi.core.errors import Unsupported
+from ambi.core.errors import Conflict, Unsupported
 from ambi.core.model import Usage
 from ambi.linux import device_filter
+from runtime.cgroups import change, freezer, oom
 from runtime.cgroups.hierarchies import Hierarchies, below, read, read_number, read_table, write
 from runtime.cgroups.v1 import clean, remove_directory
 from runtime.devices import Rule
@@ -78,6 +79,7 @@ class V2Group:
 
     def usage(self) -> Usage:
         cpu = read_table(self.directory, "cpu.stat")
+        read_bytes, written_bytes = self._block_bytes()
         return Usage(
             cpu_ns=cpu.get("usage_usec", 0) * 1000,
             cpu_user_ns=cpu.get("user_usec", 0) * 1000,
@@ -87,14 +89,46 @@ class V2Group:
             memory_limit_bytes=read_number(self.directory, "memory.max"),
             pids=read_number(self.directory, "pids.current"),
             oom_kills=self.oom_kills(),
+            block_read_bytes=read_bytes,
+            block_write_bytes=written_bytes,
         )
+
+    def _block_bytes(self) -> tuple[int, int]:
+        """Read from and written to all devices. A line of io.stat: `8:0 rbytes=1 wbytes=2 rios=3 ...`."""
+        words = [word.partition("=") for word in read(self.directory, "io.stat").split()]
+        sums = [sum(int(v) for k, _, v in words if k == key and v.isdecimal()) for key in ("rbytes", "wbytes")]
+        return sums[0], sums[1]
 
     def oom_kills(self) -> int:
         return read_table(self.directory, "memory.events").get("oom_kill", 0)
 
+    def oom_bell(self) -> oom.Bell | None:
+        return oom.bell_v2(self.directory)
+
     def pids(self) -> list[int]:
         found = [read(directory, "cgroup.procs").split() for directory in below(self.directory)]
         return sorted({int(pid) for pids in found for pid in pids if pid != "0"})
+
+    def freeze(self, by: Deadline) -> None:
+        freezer.freeze_v2(self.directory, by)
+
+    def thaw(self) -> None:
+        freezer.thaw_v2(self.directory)
+
+    def update(self, resources: dict[str, Any]) -> None:
+        self._check_memory((resources.get("memory") or {}).get("limit") or 0)
+        change.apply(
+            change.Setting(self.directory, name, str(value)) for name, value in _settings(resources) if value is not None
+        )
+
+    def _check_memory(self, limit: int) -> None:
+        """The kernel would kill processes until they fit, where version 1 refuses."""
+        files = read_table(self.directory, "memory.stat")
+        firm = read_number(self.directory, "memory.current") - files.get("inactive_file", 0) - files.get("active_file", 0)
+        if 0 < limit < firm:
+            raise Conflict(
+                f"cannot change the memory limit to {limit}: {firm} bytes are in use now", hint="`ambi stats` shows how much"
+            )
 
     def kill(self) -> None:
         try:
