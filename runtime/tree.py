@@ -204,23 +204,32 @@ def _steps(place: Place, request: Request, answer: int, doing: list[str]) -> Non
     os.execve(program, arguments, {})
 
 
-def _copy(root: int | str, *, recursive: bool) -> int:
-    """A detached copy of the mounts at `root`, in which files are files and nothing else."""
+def _copy(root: int | str) -> int:
+    """A detached copy of the mount at `root` alone, in which files are files and nothing else."""
     directory, path = (root, "") if isinstance(root, int) else (mount.AT_FDCWD, root)
-    made = mount.open_tree(directory, path, mount.OPEN_TREE_CLONE | (mount.AT_RECURSIVE if recursive else 0))
-    mount.mount_setattr(made, set=_ATTRIBUTES, propagation=mount.MS_PRIVATE, recursive=recursive)
+    made = mount.open_tree(directory, path, mount.OPEN_TREE_CLONE)
+    mount.mount_setattr(made, set=_ATTRIBUTES, propagation=mount.MS_PRIVATE)
     return made
 
 
 def _merged(place: Place, *, whole: bool) -> int:
-    """The root as the container sees it. whole: the root's file system alone, with what the container has mounts over."""
+    """The root as the container sees it. whole: the root's file system alone, with what the container has mounts over.
+
+    In a namespace of this process, not in a detached copy, in which a mount that appears when it is looked at has no place.
+    """
     if place.init is None:
-        return _copy(_assembled(place, alone=whole), recursive=not whole)
-    try:
-        process.setns(place.init, process.CLONE_NEWNS)
-    except ProcessLookupError:
-        raise Conflict("the container has just ended") from None
-    return _copy("/", recursive=not whole)
+        root = _assembled(place, alone=whole)
+    else:
+        try:
+            process.setns(place.init, process.CLONE_NEWNS)
+        except ProcessLookupError:
+            raise Conflict("the container has just ended") from None
+        process.unshare(process.CLONE_NEWNS)
+        root = os.open("/", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    if whole:
+        return _copy(root)
+    mount.mount_setattr(root, set=_ATTRIBUTES, propagation=mount.MS_PRIVATE, recursive=True)
+    return root
 
 
 def _assembled(place: Place, *, alone: bool) -> int:
@@ -253,10 +262,10 @@ def _below(place: Place) -> int:
     if not lowers:
         mount.mount("tmpfs", scratch, "tmpfs", mount.MS_RDONLY, "size=0")
     elif len(lowers) == 1:
-        return _copy(lowers[0], recursive=False)
+        return _copy(lowers[0])
     else:
         rootfs.assemble_lowers(lowers, scratch)
-    return _copy(scratch, recursive=False)
+    return _copy(scratch)
 
 
 def _own_namespace() -> None:

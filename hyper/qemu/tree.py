@@ -10,7 +10,7 @@ from ambi.core.errors import AmbiError, InvalidRequest, Unavailable
 from ambi.core.loop import Loop
 from ambi.core.plan import LaunchPlan
 from hyper.guest.protocol import STREAM_STDOUT, Items, Message, TreeAnswer, TreeTag, Type, Value
-from hyper.qemu.guest_process import SIGKILL, Inlet, Outlet
+from hyper.qemu.guest_process import Inlet, Outlet
 from hyper.qemu.link import Link
 
 TreeDone = Callable[[dict[str, Any] | AmbiError], None]
@@ -42,7 +42,7 @@ class Look:
 
     def _broken(self) -> None:
         """Nobody reads any more: what is still to come is of no use."""
-        self._link.request(Type.SIGNAL, ((1, SIGKILL),), ident=self._ident)
+        self._link.tell(Type.CLOSE_STDIN, self._ident)
 
     def receive(self, message: Message) -> None:
         if message.kind is Type.STDOUT and self._outlet is not None:

@@ -39,7 +39,7 @@ int open_path(int directory, const char *path, uint64_t flags, uint64_t resolve)
 bool is_kernel_file_system(int fd) {
     static const unsigned MAGICS[] = {
         0x9fa0,     0x62656572, 0x27e0eb,   0x63677270, 0x1cd1,     0x19800202, 0x64626720, 0x74726163,
-        0x73636673, 0xcafe4a11, 0x6e736673, 0x62656570, 0x50494446, 0x65735546, 0x6165676c, 0xf97cff8c,
+        0x73636673, 0xcafe4a11, 0x6e736673, 0x62656570, 0x50494446, 0x65735543, 0x6165676c, 0xf97cff8c,
     }; /* linux/magic.h: proc sysfs cgroup cgroup2 devpts mqueue debugfs tracefs securityfs bpf nsfs configfs pidfs fusectl
           pstore selinux */
     long buffer[32] = {0};

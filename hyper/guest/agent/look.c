@@ -85,18 +85,29 @@ static bool compares(const struct look *look) {
     return is_verb(look, "diff") || is_verb(look, "layer");
 }
 
-/* A detached copy of the mounts at `path`, in which files are files and nothing else. */
-static int copy_mounts(const char *path, bool recursive, uint64_t more) {
-    unsigned flags = OPEN_TREE_CLONE | OPEN_TREE_CLOEXEC | (recursive ? AT_RECURSIVE : 0);
-    int copy = (int)syscall(SYS_open_tree, AT_FDCWD, path, flags);
-    struct mount_attr attr = {.attr_set = MOUNT_ATTR_NODEV | MOUNT_ATTR_NOSUID | MOUNT_ATTR_NOEXEC, .propagation = MS_PRIVATE};
-    struct mount_attr own = {.attr_set = more};
-    unsigned at = AT_EMPTY_PATH | (recursive ? AT_RECURSIVE : 0);
-    if (copy >= 0 && syscall(SYS_mount_setattr, copy, "", at, &attr, sizeof(attr)) < 0)
-        return -1;
-    if (copy >= 0 && more && syscall(SYS_mount_setattr, copy, "", AT_EMPTY_PATH, &own, sizeof(own)) < 0)
+/* In a copy of the mounts files are files and nothing else: no devices, no programs. */
+static struct mount_attr harmless(void) {
+    return (struct mount_attr){.attr_set = MOUNT_ATTR_NODEV | MOUNT_ATTR_NOSUID | MOUNT_ATTR_NOEXEC, .propagation = MS_PRIVATE};
+}
+
+/* A detached copy of the mount at `path` alone. */
+static int copy_mount(const char *path) {
+    int copy = (int)syscall(SYS_open_tree, AT_FDCWD, path, OPEN_TREE_CLONE | OPEN_TREE_CLOEXEC);
+    struct mount_attr attr = harmless();
+    if (copy >= 0 && syscall(SYS_mount_setattr, copy, "", AT_EMPTY_PATH, &attr, sizeof(attr)) < 0)
         return -1;
     return copy;
+}
+
+/* All mounts of the workload, in a namespace of this process: in a detached copy, the parts of a share that virtiofs mounts when
+ * they are first looked at would have no place. */
+static int own_mounts(bool read_only) {
+    struct mount_attr attr = harmless(), more = {.attr_set = MOUNT_ATTR_RDONLY};
+    if (unshare(CLONE_NEWNS) < 0 || syscall(SYS_mount_setattr, AT_FDCWD, "/", AT_RECURSIVE, &attr, sizeof(attr)) < 0)
+        return -1;
+    if (read_only && syscall(SYS_mount_setattr, AT_FDCWD, "/", 0, &more, sizeof(more)) < 0)
+        return -1;
+    return open("/", O_PATH | O_DIRECTORY | O_CLOEXEC);
 }
 
 /* What is below the upper directory: the layers as one, which nobody can write to. */
@@ -130,12 +141,12 @@ static int open_root(const struct workload *w, const struct look *look, struct e
             return fail(e, "Unsupported", "this root is a directory of the host, of which nobody knows what has changed");
         if (open_lower(w, e) < 0)
             return -1;
-        root = copy_mounts(LOWER, false, 0);
+        root = copy_mount(LOWER);
     } else {
         if (setns(w->pidfd, CLONE_NEWNS) < 0)
             return fail(e, "Conflict", "the workload has just ended");
         bool early = w->read_only && w->state == WORKLOAD_READY; /* the root becomes so when the program starts */
-        root = copy_mounts("/", !is_verb(look, "export"), early ? MOUNT_ATTR_RDONLY : 0);
+        root = is_verb(look, "export") ? copy_mount("/") : own_mounts(early);
     }
     return root < 0 ? fail_errno(e, errno, "cannot copy the root's mounts") : root;
 }
@@ -251,6 +262,7 @@ static struct process *look_in(struct workload *w, struct processes *all, uint32
     if (kind >= 0)
         close(theirs[kind]);
     p->answer = answer[0];
+    p->only_writes = kind == STREAM_OUT;
     process_attach(all, p, ours);
     if (pid > 0) {
         p->pid = pid;

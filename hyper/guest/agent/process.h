@@ -26,6 +26,7 @@ struct process {
     int peer;             /* the terminal's slave, held until the exit, so that a program may close and open it again */
     uint64_t credit[STREAMS]; /* bytes that we may send; for stdin bytes to be given back */
     int answer; /* of one that looks into the root: what it answers, instead of an exit; -1 */
+    bool only_writes; /* and CLOSE_STDIN says that nobody reads what it writes */
     struct buffer input;
     bool input_ends;
     bool exited, exit_sent, dead;
