@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from ambi.core.errors import InvalidRequest, NotFound, Unsupported, from_os_error
 from ambi.linux import mount, paths
+from runtime import copyup
 
 _FLAGS = {  # option -> (attributes set, attributes cleared)
     "ro": (mount.MOUNT_ATTR_RDONLY, 0),
@@ -55,6 +56,7 @@ class Mount(NamedTuple):
 
     set, clear: MOUNT_ATTR_* of this mount; set_all, clear_all: of all mounts below a recursive bind (`rro`).
     propagation: MS_SHARED and the like, 0 to keep it; options: what the file system takes, a None value is a flag.
+    copy, subpath: `ambi.copy` and `ambi.subpath` of ambi/core/plan.py.
     """
 
     destination: str
@@ -68,6 +70,8 @@ class Mount(NamedTuple):
     propagation: int
     propagation_recursive: bool
     options: tuple[tuple[str, str | None], ...]
+    copy: bool = False
+    subpath: str = ""
 
     def describe(self) -> str:
         return f"{self.kind} {self.source} at {self.destination}"
@@ -88,8 +92,11 @@ def parse(entry: dict[str, Any]) -> Mount:
     set_one = clear_one = set_all = clear_all = propagation = 0
     propagation_recursive = False
     options: list[tuple[str, str | None]] = []
+    copy, subpath = bind and "ambi.copy" in words, ""
     for word in words:
-        if word in _FLAGS:
+        if bind and word.startswith("ambi."):
+            subpath = word.removeprefix("ambi.subpath=") if word.startswith("ambi.subpath=") else subpath
+        elif word in _FLAGS:
             set_one, clear_one = _merge(set_one, clear_one, *_FLAGS[word])
         elif word[:1] == "r" and word[1:] in _FLAGS and bind:
             set_all, clear_all = _merge(set_all, clear_all, *_FLAGS[word[1:]])
@@ -104,7 +111,7 @@ def parse(entry: dict[str, Any]) -> Mount:
             options.append((key, value if equals else None))
     return Mount(
         destination, kind, entry.get("source") or kind, "bind" not in words or "rbind" in words,
-        set_one, clear_one, set_all, clear_all, propagation, propagation_recursive, tuple(options),
+        set_one, clear_one, set_all, clear_all, propagation, propagation_recursive, tuple(options), copy, subpath,
     )  # fmt: skip
 
 
@@ -174,12 +181,10 @@ def _attach(made: int, target: int, entry: Mount) -> None:
 
 
 def _bind(root: int, entry: Mount) -> None:
-    recursive = mount.AT_RECURSIVE if entry.recursive else 0
+    made = _cloned(entry)
     try:
-        made = mount.open_tree(mount.AT_FDCWD, entry.source, mount.OPEN_TREE_CLONE | recursive)
-    except FileNotFoundError:
-        raise NotFound(f"cannot bind {entry.source} at {entry.destination}: no such file or directory") from None
-    try:
+        if entry.copy:
+            _copy_up(root, made, entry)
         if stat.S_ISDIR(os.fstat(made).st_mode):
             target = paths.make_directories(root, entry.destination)
         else:
@@ -196,6 +201,47 @@ def _bind(root: int, entry: Mount) -> None:
         _attach(made, target, entry)
     finally:
         os.close(target)
+
+
+def _cloned(entry: Mount) -> int:
+    """A detached copy of what is to be bound. A subpath is resolved inside its source, and by this descriptor alone."""
+    flags = mount.OPEN_TREE_CLONE | (mount.AT_RECURSIVE if entry.recursive else 0)
+    where = f"{entry.source} at {entry.destination}"
+    try:
+        if not entry.subpath:
+            return mount.open_tree(mount.AT_FDCWD, entry.source, flags)
+        source = os.open(entry.source, paths.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            beneath = paths.RESOLVE_BENEATH | paths.RESOLVE_NO_MAGICLINKS
+            found = paths.openat2(source, entry.subpath, paths.O_PATH, beneath)
+        finally:
+            os.close(source)
+    except FileNotFoundError:
+        what = f"subpath {entry.subpath} of {where}" if entry.subpath else where
+        raise NotFound(f"cannot bind {what}: no such file or directory") from None
+    except OSError as error:
+        if error.errno in (errno.EXDEV, errno.ELOOP) and entry.subpath:
+            raise InvalidRequest(f"cannot bind {where}: subpath {entry.subpath} leaves its volume") from None
+        raise
+    try:
+        return mount.open_tree(found, "", flags)
+    finally:
+        os.close(found)
+
+
+def _copy_up(root: int, made: int, entry: Mount) -> None:
+    """Fill an empty volume with what the root has there; a root that has nothing there leaves it as it is."""
+    if not stat.S_ISDIR(os.fstat(made).st_mode):
+        return
+    try:
+        source = paths.open_in_root(root, entry.destination, paths.O_PATH | os.O_DIRECTORY)
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    try:
+        _refuse_proc(source, entry)
+        copyup.fill(source, made)
+    finally:
+        os.close(source)
 
 
 def _cgroup_v1(root: int, entry: Mount, tree: list[tuple[str, str]]) -> None:

@@ -13,6 +13,7 @@ from ambi.api import network_shapes
 from ambi.api.words import rfc3339_nano
 from ambi.core.model import Status
 from ambi.core.words import human_duration
+from ambi.engine.mountpoints import Point
 from ambi.engine.types import Instance
 from ambi.shim import record
 
@@ -175,27 +176,20 @@ def config(instance: Instance) -> dict[str, Any]:
 
 
 def mounts(instance: Instance) -> list[dict[str, Any]]:
-    """Bind mounts and the tmpfs mounts of `--mount`, as MountPoint objects; `--tmpfs` shows in HostConfig alone."""
-    found = []
-    for bind in instance.spec.host.get("Binds") or []:
-        source, _, rest = bind.partition(":")
-        target, _, mode = rest.partition(":")
-        found.append(_mount_point("bind", source, target, mode))
-    for mount in instance.spec.host.get("Mounts") or []:
-        mode = "ro" if mount.get("ReadOnly") else ""
-        point = _mount_point(mount.get("Type", ""), mount.get("Source", ""), mount.get("Target", ""), mode)
-        found.append({**point, "Mode": ""})
-    return found
+    """MountPoint objects; `--tmpfs` shows in HostConfig alone."""
+    return [_mount_point(point) for point in instance.mounts]
 
 
-def _mount_point(kind: str, source: str, target: str, mode: str) -> dict[str, Any]:
-    options = mode.split(",")
-    spread = [option for option in options if option.removeprefix("r") in ("private", "shared", "slave")]
+def _mount_point(point: Point) -> dict[str, Any]:
+    volume = {"Name": point.name} if point.name else {}
+    driver = {"Driver": "local"} if point.name else {}
     return {
-        "Type": kind,
-        "Source": source,
-        "Destination": target,
-        "Mode": mode,
-        "RW": "ro" not in options,
-        "Propagation": spread[0] if spread else "rprivate" if kind == "bind" else "",
+        "Type": point.kind,
+        **volume,
+        "Source": point.shown,
+        "Destination": point.target,
+        **driver,
+        "Mode": point.mode,
+        "RW": not point.readonly,
+        "Propagation": point.propagation,
     }

@@ -12,7 +12,7 @@ from ambi.api import network_shapes
 from ambi.api.exchange import NO_CONTENT, Call, Reply, json_reply
 from ambi.api.query import one_flag
 from ambi.api.router import Route
-from ambi.core.errors import InvalidRequest, NotFound, Unsupported
+from ambi.core.errors import InvalidRequest
 from ambi.engine import connect as connecting
 from ambi.engine import newnetwork
 from ambi.engine.filters import has_labels
@@ -20,7 +20,6 @@ from ambi.network.model import Network
 
 _FILTERS = frozenset(("dangling", "driver", "id", "label", "name", "scope", "type"))
 _PRUNE_FILTERS = frozenset(("label", "label!", "until"))
-_VOLUME_FILTERS = frozenset(("dangling", "driver", "label", "name"))
 
 
 def _fits(call: Call, network: Network, filters: dict[str, list[str]]) -> bool:
@@ -93,19 +92,6 @@ def disconnect(call: Call) -> Reply:
     return Reply(200)
 
 
-def list_volumes(call: Call) -> Reply:
-    call.query.filters(_VOLUME_FILTERS)
-    return json_reply({"Volumes": [], "Warnings": None})
-
-
-def inspect_volume(call: Call) -> Reply:
-    raise NotFound(f"get {call.name}: no such volume")
-
-
-def refuse_volumes(call: Call) -> Reply:
-    raise Unsupported("named volumes are not available yet", hint="bind a directory of the host: -v /path:/path")
-
-
 ROUTES = (
     Route("GET", "/networks", list_networks),
     Route("GET", "/networks/{}", inspect),
@@ -114,9 +100,4 @@ ROUTES = (
     Route("POST", "/networks/prune", prune),
     Route("POST", "/networks/{}/connect", connect),
     Route("POST", "/networks/{}/disconnect", disconnect),
-    Route("GET", "/volumes", list_volumes),
-    Route("GET", "/volumes/{}", inspect_volume),
-    Route("DELETE", "/volumes/{}", inspect_volume),
-    Route("POST", "/volumes/create", refuse_volumes),
-    Route("POST", "/volumes/prune", refuse_volumes),
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ambi.api import containers, events, images, logs, networks, ours, registry, stats, streams, system, trees
+from ambi.api import containers, events, images, logs, networks, ours, registry, stats, streams, system, trees, volumes
 from ambi.api.router import Router
 
 ROUTER = Router(
@@ -16,5 +16,6 @@ ROUTER = Router(
     registry.ROUTES,
     events.ROUTES,
     networks.ROUTES,
+    volumes.ROUTES,
     ours.ROUTES,
 )

@@ -7,7 +7,7 @@ import platform
 import time
 from typing import Any
 
-from ambi.api import containers, image_shapes, instance_shapes
+from ambi.api import containers, image_shapes, instance_shapes, volumes
 from ambi.api.exchange import API_VERSION, COMMON_HEADERS, MIN_API_VERSION, Call, Reply, json_reply
 from ambi.api.router import Route
 from ambi.api.stats import host_memory_bytes
@@ -59,7 +59,7 @@ def info(call: Call) -> Reply:
         "Images": it.images,
         "Driver": "ambi",
         "DriverStatus": [["Layers", form], ["Because", reason]],
-        "Plugins": {"Volume": [], "Network": ["host", "null"], "Authorization": None, "Log": ["json-file", "none"]},
+        "Plugins": {"Volume": ["local"], "Network": ["host", "null"], "Authorization": None, "Log": ["json-file", "none"]},
         "MemoryLimit": True, "SwapLimit": True, "CpuCfsPeriod": True, "CpuCfsQuota": True, "CPUShares": True,
         "CPUSet": True, "PidsLimit": True, "IPv4Forwarding": True, "OomKillDisable": False,
         "BridgeNfIptables": False, "BridgeNfIp6tables": False,
@@ -127,7 +127,7 @@ def disk_usage(call: Call) -> Reply:
         "LayersSize": sum(image.size_bytes for image in images),
         "Images": shown,
         "Containers": rows,
-        "Volumes": [],
+        "Volumes": [volumes.with_usage(engine.volumes, it) for it in engine.volumes.all()],
         "BuildCache": [],
         "BuilderSize": 0,
     })  # fmt: skip

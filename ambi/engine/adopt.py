@@ -20,7 +20,7 @@ from pathlib import Path
 from ambi.core.errors import AmbiError, InvalidRequest, Unavailable
 from ambi.core.model import ExecId, ExitStatus, Status
 from ambi.core.plan import LaunchPlan
-from ambi.engine import lifecycle
+from ambi.engine import lifecycle, mounts
 from ambi.engine.core import KILLED_WITH_SHIM, OTHER_BOOT, Core
 from ambi.engine.create import RECORD_FILE, read_record
 from ambi.engine.records import ExecRecord, Record, Run
@@ -34,6 +34,7 @@ _OTHER_BOOT_CODE = 255  # as Docker's
 
 def restore(core: Core) -> None:
     """Bring the records in, then the shims. An instance that cannot be restored is reported and left alone."""
+    core.volumes.restore()
     _restore_records(core)
     _restore_execs(core)
     core.networks.restore()
@@ -55,7 +56,7 @@ def _restore_records(core: Core) -> None:
     present = {entry.name for entry in os.scandir(directory) if entry.is_dir(follow_symlinks=False)}
     for row in core.db.instances():
         if (directory / row.id / RECORD_FILE).exists():
-            core.registry.add(Record(row))
+            core.registry.add(Record(mounts.upgraded(row)))
         else:
             log.info("%s: finishing a removal", row.id[:12])
             _sweep_leftovers(core, row.id)

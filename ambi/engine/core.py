@@ -24,6 +24,7 @@ from ambi.engine.types import State
 if TYPE_CHECKING:
     from ambi.engine.networks import Networks
     from ambi.engine.shims import Shims
+    from ambi.engine.volumes import Volumes
     from images.store import Store
 
 log = logging.getLogger(__name__)
@@ -50,6 +51,7 @@ class Core:
         self.started_ns = time.time_ns()
         self.shims: Shims
         self.networks: Networks
+        self.volumes: Volumes
         self.scheduler = Scheduler()
         self.restarts = Restarts(self)
         self.claims: Counter[str] = Counter()  # images of which instances are being made
@@ -169,6 +171,7 @@ class Core:
         """The connection of `run` has ended and everything of it is swept: its instance can be started or removed."""
         if run.started:  # a start that failed has let go itself, and the next one may be on its way
             self.networks.release(record)
+            self.volumes.unmounted(record)
         with self.mutex:
             if record.run is run:
                 record.run = None

@@ -13,7 +13,7 @@ from ambi.core.errors import InvalidRequest, NotFound, from_os_error
 from ambi.core.model import IdMap, InstanceId, Workload
 from ambi.core.model import Status as S
 from ambi.core.undo import Undo
-from ambi.engine import names, request, spec
+from ambi.engine import mounts, names, request, spec
 from ambi.engine.body import Body
 from ambi.engine.core import Core
 from ambi.engine.records import Record
@@ -49,7 +49,8 @@ def _create(core: Core, name: str | None, asked: CreateSpec, image: Image) -> In
     isolation = request.isolation_of(Body("HostConfig", asked.host))
     full = request.complete(asked, image.config.get("config") or {}, id)
     spec.prepare(id, isolation, full, core.roots.instance_data(id))
-    with Undo() as undo:
+    asked_mounts = mounts.parse(Body("Config", full.config), Body("HostConfig", full.host))
+    with core.volumes.claimed(asked_mounts, isolation) as points, Undo() as undo:
         name = names.checked(name) if name else names.random_name(core.registry.names())
         core.registry.reserve(name, id)
         undo.add(f"release the name {name}", lambda: core.registry.release(name))
@@ -66,6 +67,7 @@ def _create(core: Core, name: str | None, asked: CreateSpec, image: Image) -> In
             state=State(S.CREATED),
             restart_count=0,
             boot_id=core.boot_id,
+            mounts=tuple(point.stored() for point in points),
         )
         data = core.roots.instance_data(id)
         try:
@@ -77,8 +79,8 @@ def _create(core: Core, name: str | None, asked: CreateSpec, image: Image) -> In
             raise from_os_error(f"cannot create container '{name}'", error) from error
         core.db.insert(row)
         undo.keep()
-    record = Record(row)
-    core.registry.add(record)
+        record = Record(row)
+        core.registry.add(record)  # from here on it counts as a user of its volumes
     core.publish(record, "create")
     return id
 
@@ -102,6 +104,7 @@ def write_record(data: Path, row: Row) -> None:
         "spec": row.spec,
         "id_map": {"uids": row.id_map.uids, "gids": row.id_map.gids} if row.id_map else None,
         "created_ns": row.created_ns,
+        "mounts": row.mounts,
     }
     write_whole(data / RECORD_FILE, dumps(body))
 
@@ -129,6 +132,7 @@ def read_record(data: Path) -> Row | None:
             state=State(S.CREATED),
             restart_count=0,
             boot_id="",
+            mounts=tuple(body.get("mounts", ())),
         )
     except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -39,6 +39,7 @@ from ambi.engine.types import (
     LogQuery,
     WaitCondition,
 )
+from ambi.engine.volumes import Volumes
 from ambi.engine.wait import WaitTicket
 from images.store import Store
 
@@ -50,7 +51,7 @@ _CALL_S = 30.0
 
 class Engine:
     """See the module. Public attributes: `images`, an `ambi.engine.images.ImageService`, `networks`, an
-    `ambi.engine.networks.Networks`."""
+    `ambi.engine.networks.Networks`, `volumes`, an `ambi.engine.volumes.Volumes`."""
 
     @classmethod
     def open(cls, roots: Roots) -> Engine:
@@ -77,6 +78,7 @@ class Engine:
         self._id = core.db.meta("engine_id", lambda: secrets.token_hex(16))
         core.shims = Shims(core)
         self.networks = core.networks = Networks(core)
+        self.volumes = core.volumes = Volumes(core)
         core.on_auto_remove = lambda record: lifecycle.auto_remove(core, record)
         adopt.restore(core)
         core.shims.warm_up()
@@ -132,8 +134,8 @@ class Engine:
         lifecycle.rename(self._core, id, name)
 
     def remove(self, id: str, force: bool = False, volumes: bool = False) -> None:
-        """Raises Conflict when it runs and `force` is not set."""
-        lifecycle.remove(self._core, id, force)
+        """Raises Conflict when it runs and `force` is not set. volumes: its anonymous volumes, too."""
+        lifecycle.remove(self._core, id, force, volumes=volumes)
 
     def prune(self, filters: Filters) -> tuple[tuple[InstanceId, ...], int]:
         """Remove every instance that does not run; returns their ids and the bytes freed."""

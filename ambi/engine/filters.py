@@ -82,9 +82,7 @@ def _network(instance: Instance, values: list[str]) -> bool:
 
 
 def _volume(instance: Instance, values: list[str]) -> bool:
-    parts = [part for bind in instance.spec.host.get("Binds") or [] for part in bind.split(":")[:2]]
-    parts += [str(m.get(key)) for m in instance.spec.host.get("Mounts") or [] for key in ("Source", "Target")]
-    return any(value in parts for value in values)
+    return any(value in (point.name or point.shown, point.target) for point in instance.mounts for value in values)
 
 
 def _publish(instance: Instance, values: list[str]) -> bool:

@@ -12,9 +12,10 @@ from ambi.core.deadline import Deadline
 from ambi.core.errors import AmbiError, Conflict, InvalidRequest, NotFound, NotModified, Unavailable, from_os_error
 from ambi.core.model import ExitStatus, Isolation, Status
 from ambi.core.plan import LAUNCH_FILE, Layers
-from ambi.engine import mounts, names, signals, spec
+from ambi.engine import names, signals, spec
 from ambi.engine.core import Core
 from ambi.engine.create import RECORD_FILE, UPPER, write_record, write_whole
+from ambi.engine.mountpoints import points_of
 from ambi.engine.networks import Attachment
 from ambi.engine.records import Record, Run
 
@@ -95,8 +96,8 @@ def _start(core: Core, record: Record) -> None:
 
 def _start_on(core: Core, record: Record, net: Attachment) -> None:
     data = core.roots.instance_data(record.id)
-    prepared = spec.prepare(record.id, record.row.isolation, record.row.spec, data, net.files)
-    mounts.make_sources(prepared.binds)
+    prepared = spec.prepare(record.id, record.row.isolation, record.row.spec, data, net.files, points_of(record.row.mounts))
+    core.volumes.check_start(record)
     plan = spec.plan(record.id, record.row.isolation, record.row.spec, layers_of(core, record), core.roots, prepared)
     try:
         write_whole(data / LAUNCH_FILE, plan.to_json())
@@ -110,6 +111,7 @@ def _start_on(core: Core, record: Record, net: Attachment) -> None:
     for ticket in waiting:
         ticket.share(run.connection)
     run.starting, run.failed, run.looks, record.oom_told = True, False, 0, False
+    core.volumes.mounted(record)
     try:
         answer = run.connection.call("start", fds=net.descriptors(), by=Deadline.after(START_S))
     except AmbiError:
@@ -117,6 +119,7 @@ def _start_on(core: Core, record: Record, net: Attachment) -> None:
             run.starting, run.failed = False, True
             core.changed.notify_all()
         _drop(core, record, run)
+        core.volumes.unmounted(record)
         raise
     with core.mutex:
         run.starting = False
@@ -175,7 +178,7 @@ def _failed(core: Core, record: Record, error: AmbiError) -> None:
         core.settle(record, "next-exit", ExitStatus(code, error.message))
     if record.auto_remove:
         try:
-            _remove(core, record)
+            _remove(core, record, volumes=True)
         except AmbiError as problem:
             error.add_note(f"automatic removal: {problem}")
 
@@ -305,7 +308,7 @@ def rename(core: Core, id: str, name: str) -> None:
         core.publish(record, "rename", oldName=f"/{old}")
 
 
-def remove(core: Core, id: str, force: bool) -> None:
+def remove(core: Core, id: str, force: bool, *, volumes: bool = False) -> None:
     record = core.registry.find(id)
     if force:
         with core.mutex:
@@ -319,11 +322,11 @@ def remove(core: Core, id: str, force: bool) -> None:
         raise Conflict(f"removal of container {record.id} is already in progress")
     with record.lock:
         core.registry.find(record.id)  # it may be gone since
-        _remove(core, record)
+        _remove(core, record, volumes=volumes)
 
 
-def _remove(core: Core, record: Record) -> None:
-    """With the lock held. Raises Conflict when it runs or is being removed already."""
+def _remove(core: Core, record: Record, *, volumes: bool) -> None:
+    """With the lock held. volumes: its anonymous ones, too. Raises Conflict when it runs or is being removed already."""
     with core.mutex:
         if record.removing:
             raise Conflict(f"removal of container {record.id} is already in progress")
@@ -353,6 +356,8 @@ def _remove(core: Core, record: Record) -> None:
         for condition in ("removed", "next-exit", "not-running"):
             core.settle(record, condition, status)
         core.changed.notify_all()
+    if volumes:
+        core.volumes.drop([point.name for point in points_of(record.row.mounts) if point.anonymous])
 
 
 def end_shim(core: Core, record: Record) -> None:
@@ -385,7 +390,7 @@ def auto_remove(core: Core, record: Record) -> None:
     with record.lock:
         if record.removing or record.state.running:
             return
-        _remove(core, record)
+        _remove(core, record, volumes=True)
 
 
 def soon() -> Deadline:

@@ -4,62 +4,53 @@ from __future__ import annotations
 
 import os
 import posixpath
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING
 
 from ambi.core.errors import InvalidRequest, from_os_error
 from ambi.engine.body import Body
+from ambi.engine.mountpoints import Asked, Inherit, Mount, Point, VolumeAsk
+
+if TYPE_CHECKING:
+    from ambi.engine.state import Row
 
 SHM_BYTES = 64 << 20
 _PROPAGATION = ("private", "rprivate", "shared", "rshared", "slave", "rslave")
 _NO_EFFECT = ("z", "Z", "consistent", "cached", "delegated")  # for SELinux and for other hosts
 _TMPFS_DEFAULTS = ("noexec", "nosuid", "nodev")
-_TMPFS_FLAGS = frozenset(
+TMPFS_FLAGS = frozenset(
     f"{prefix}{name}" for name in ("exec", "suid", "dev", "atime", "diratime", "relatime") for prefix in ("", "no")
 ) | {"ro", "rw", "strictatime", "sync", "async", "dirsync"}
-_TMPFS_VALUES = frozenset(("size", "mode", "uid", "gid", "nr_inodes", "nr_blocks", "mpol"))
-
-Mount = dict[str, Any]  # OCI runtime-spec: destination, type, source, options
-
-
-class Bind(NamedTuple):
-    """A bind mount that a client asks for. make_source: a source that is missing is made, as a directory (`-v`)."""
-
-    source: str
-    target: str
-    options: tuple[str, ...]
-    make_source: bool
-
-    def mount(self) -> Mount:
-        return {"destination": self.target, "type": "bind", "source": self.source, "options": list(self.options)}
+TMPFS_VALUES = frozenset(("size", "mode", "uid", "gid", "nr_inodes", "nr_blocks", "mpol"))
+_BIND_OPTIONS = ("Propagation", "NonRecursive", "CreateMountpoint", "ReadOnlyNonRecursive", "ReadOnlyForceRecursive")
 
 
-class Mounts(NamedTuple):
-    binds: tuple[Bind, ...]
-    tmpfs: tuple[Mount, ...]
-
-    @property
-    def targets(self) -> set[str]:
-        return {b.target for b in self.binds} | {str(m["destination"]) for m in self.tmpfs}
-
-
-def parse(host: Body) -> Mounts:
-    """What Binds, Mounts and Tmpfs of a HostConfig ask for. Raises InvalidRequest."""
-    binds = [_volume(text) for text in host.strings("Binds")]
+def parse(config: Body, host: Body) -> Asked:
+    """What Volumes of a Config and Binds, Mounts, Tmpfs and VolumesFrom of a HostConfig ask for. Raises InvalidRequest."""
+    driver = host.text("VolumeDriver")
+    found = [_volume(text, driver) for text in host.strings("Binds")]
     tmpfs = [_tmpfs(target, options.split(",") if options else []) for target, options in host.texts("Tmpfs").items()]
-    for entry in host.objects("Mounts"):
-        kind = entry.text("Type")
-        if kind == "bind":
-            binds.append(_bind(entry))
-        elif kind == "tmpfs":
-            tmpfs.append(_tmpfs_entry(entry))
-        else:
-            raise InvalidRequest(f"--mount type={kind} is not supported yet", hint="use type=bind or type=tmpfs")
-    seen: set[str] = set()
-    for target in [b.target for b in binds] + [m["destination"] for m in tmpfs]:
-        if target in seen:
+    found += [_mount_of(entry, driver) for entry in host.objects("Mounts")]
+    targets: set[str] = set()
+    for target in [item.target for item in found] + [m["destination"] for m in tmpfs]:
+        if target in targets:
             raise InvalidRequest(f"Duplicate mount point: {target}", hint="mount one thing at each path")
-        seen.add(target)
-    return Mounts(tuple(binds), tuple(tmpfs))
+        targets.add(target)
+    for path in config.object("Volumes").data:
+        target = _target(path, path)
+        if target not in targets:
+            found.append(VolumeAsk(target, driver=driver))
+            targets.add(target)
+    points = tuple(item for item in found if isinstance(item, Point))
+    volumes = tuple(item for item in found if isinstance(item, VolumeAsk))
+    return Asked(tuple(_inherit(text) for text in host.strings("VolumesFrom")), points, volumes, tuple(tmpfs))
+
+
+def _inherit(text: str) -> Inherit:
+    """`NAME[:MODE]`."""
+    name, _, mode = text.partition(":")
+    if not name or mode not in ("", "ro", "rw", "z", "Z"):
+        raise InvalidRequest(f"invalid volumes-from specification: '{text}'", hint="--volumes-from NAME[:ro]")
+    return Inherit(name, mode == "ro", mode)
 
 
 def _target(path: str, what: str) -> str:
@@ -76,63 +67,118 @@ def _target(path: str, what: str) -> str:
     return clean
 
 
-def _volume(text: str) -> Bind:
-    """`SOURCE:TARGET[:OPTION,...]`."""
+def _volume(text: str, driver: str) -> Point | VolumeAsk:
+    """`SOURCE:TARGET[:OPTION,...]`: a path of the host, or the name of a volume."""
     source, _, rest = text.partition(":")
     target, _, modes = rest.partition(":")
-    if not target or ":" in modes:
+    if not target or not source or ":" in modes:
         raise InvalidRequest(f"invalid volume specification: '{text}'", hint="-v SOURCE:TARGET[:ro]")
+    readonly, propagation, copy = _modes(text, modes)
     if not source.startswith("/"):
-        raise InvalidRequest(
-            f"--volume {text}: named volumes are not supported yet", hint="give an absolute path of the host as source"
-        )
-    readonly, propagation, nocopy = False, "rprivate", False
+        if propagation:
+            raise InvalidRequest(f"invalid mode: {modes} in volume '{text}'", hint="a propagation is for paths of the host")
+        return VolumeAsk(_target(target, text), source, modes, readonly, copy, driver=driver)
+    if not copy:
+        raise InvalidRequest(f"invalid volume specification: '{text}': nocopy is for named volumes", hint="leave nocopy out")
+    return _bind_point(source, _target(target, text), propagation, readonly=readonly)._replace(mode=modes, make_source=True)
+
+
+def _modes(text: str, modes: str) -> tuple[bool, str, bool]:
+    """Whether it is read-only, the propagation or "", and whether an empty volume is filled."""
+    readonly, propagation, copy = False, "", True
     for mode in modes.split(",") if modes else []:
         if mode in ("ro", "rw"):
             readonly = mode == "ro"
         elif mode in _PROPAGATION:
             propagation = mode
         elif mode == "nocopy":
-            nocopy = True
+            copy = False
         elif mode not in _NO_EFFECT:
             raise InvalidRequest(
-                f"invalid mode: {mode} in volume '{text}'", hint="modes: ro, rw, or a propagation such as rslave"
+                f"invalid mode: {mode} in volume '{text}'", hint="modes: ro, rw, nocopy, or a propagation such as rslave"
             )
-    if nocopy:
-        raise InvalidRequest(f"invalid volume specification: '{text}': nocopy is for named volumes", hint="leave nocopy out")
-    options = ("rbind", propagation) + (("ro",) if readonly else ())
-    return Bind(posixpath.normpath(source), _target(target, text), options, True)
+    return readonly, propagation, copy
 
 
-def _bind(entry: Body) -> Bind:
-    """An element of HostConfig.Mounts of type bind; its source has to be there."""
+def _bind_point(source: str, target: str, propagation: str, *, readonly: bool, bind: str = "rbind") -> Point:
+    clean, spread = posixpath.normpath(source), propagation or "rprivate"
+    return Point(
+        "bind", target, "bind", clean, (bind, spread), readonly, bind == "rbind", shown=clean, propagation=spread
+    )  # fmt: skip
+
+
+def _mount_of(entry: Body, driver: str) -> Point | VolumeAsk:
+    """An element of HostConfig.Mounts."""
+    kind = entry.text("Type")
+    if kind == "bind":
+        return _bind(entry)
+    if kind == "tmpfs":
+        return _tmpfs_entry(entry)
+    if kind == "volume":
+        return _volume_entry(entry, driver)
+    if kind in ("image", "npipe", "cluster"):
+        raise InvalidRequest(f"--mount type={kind} is not supported", hint="use type=bind, type=volume or type=tmpfs")
+    raise InvalidRequest(f"mount type unknown: {kind!r}", hint="use type=bind, type=volume or type=tmpfs")
+
+
+def _bind(entry: Body) -> Point:
+    """Its source has to be there."""
     source, target = entry.text("Source"), _target(entry.text("Target"), "bind")
+    what = 'invalid mount config for type "bind"'
+    if not source:
+        raise InvalidRequest(f"{what}: field Source must not be empty", hint="give a path of the host: src=/srv/data")
     if not source.startswith("/"):
         raise InvalidRequest(
-            f"invalid mount config for type \"bind\": invalid mount path: '{source}' mount path must be absolute",
+            f"{what}: invalid mount path: '{source}' mount path must be absolute",
             hint="give a path of the host that begins with `/`",
         )
     options = entry.object("BindOptions")
-    propagation = options.text("Propagation") or "rprivate"
-    if propagation not in _PROPAGATION:
+    propagation = options.text("Propagation")
+    if propagation and propagation not in _PROPAGATION:
         raise InvalidRequest(
-            f'invalid mount config for type "bind": invalid propagation: {propagation}',
-            hint="propagations: " + " ".join(sorted(_PROPAGATION)),
+            f"{what}: invalid propagation: {propagation}", hint="propagations: " + " ".join(sorted(_PROPAGATION))
         )
-    _only(options, "BindOptions", ("Propagation", "NonRecursive", "CreateMountpoint"))
+    _only(options, "BindOptions", _BIND_OPTIONS)
     _only(entry, "Mounts", ("Type", "Source", "Target", "ReadOnly", "Consistency", "BindOptions"))
-    make = options.flag("CreateMountpoint")
+    make, readonly = options.flag("CreateMountpoint"), entry.flag("ReadOnly")
     if not make and not os.path.lexists(source):
+        raise InvalidRequest(f"{what}: bind source path does not exist: {source}", hint=f"mkdir -p {source}")
+    if options.flag("ReadOnlyForceRecursive") and (not readonly or options.flag("NonRecursive")):
+        raise InvalidRequest(f"{what}: ReadOnlyForceRecursive needs ReadOnly and a recursive bind", hint="leave it out")
+    bind = "bind" if options.flag("NonRecursive") else "rbind"
+    point = _bind_point(source, target, propagation, readonly=readonly, bind=bind)
+    recursive = point.recursive and not options.flag("ReadOnlyNonRecursive")
+    return point._replace(make_source=make, recursive=recursive)
+
+
+def _volume_entry(entry: Body, driver: str) -> VolumeAsk:
+    _only(entry, "Mounts", ("Type", "Source", "Target", "ReadOnly", "Consistency", "VolumeOptions"))
+    options = entry.object("VolumeOptions")
+    _only(options, "VolumeOptions", ("NoCopy", "Labels", "DriverConfig", "Subpath"))
+    maker = options.object("DriverConfig")
+    name, subpath = entry.text("Source"), options.text("Subpath")
+    if subpath and (subpath.startswith("/") or ".." in subpath.split("/")):
         raise InvalidRequest(
-            f'invalid mount config for type "bind": bind source path does not exist: {source}', hint=f"mkdir -p {source}"
+            f'invalid mount config for type "volume": subpath {subpath!r} is not inside the volume',
+            hint="give a path relative to the volume, without `..`",
         )
-    flags = ["bind" if options.flag("NonRecursive") else "rbind", propagation]
-    if entry.flag("ReadOnly"):
-        flags.append("ro")
-    return Bind(posixpath.normpath(source), target, tuple(flags), make)
+    if subpath and not name:
+        raise InvalidRequest(
+            'invalid mount config for type "volume": a subpath needs a named volume', hint="name it: src=NAME"
+        )
+    return VolumeAsk(
+        _target(entry.text("Target"), "volume"),
+        name,
+        readonly=entry.flag("ReadOnly"),
+        copy=not options.flag("NoCopy"),
+        subpath=subpath,
+        driver=maker.text("Name") or driver,
+        options=maker.texts("Options") or None,
+        labels=options.texts("Labels") or None,
+    )
 
 
-def _tmpfs_entry(entry: Body) -> Mount:
+def _tmpfs_entry(entry: Body) -> Point:
     if entry.text("Source"):
         raise InvalidRequest(
             'invalid mount config for type "tmpfs": field Source must not be specified', hint="leave src out"
@@ -140,19 +186,20 @@ def _tmpfs_entry(entry: Body) -> Mount:
     _only(entry, "Mounts", ("Type", "Source", "Target", "ReadOnly", "Consistency", "TmpfsOptions"))
     options = entry.object("TmpfsOptions")
     _only(options, "TmpfsOptions", ("SizeBytes", "Mode"))
-    words = ["ro"] if entry.flag("ReadOnly") else []
+    words = []
     if size := options.number("SizeBytes"):
         words.append(f"size={size}")
     if mode := options.number("Mode"):
         words.append(f"mode={mode:o}")
-    return _tmpfs(entry.text("Target"), words)
+    made = _tmpfs(entry.text("Target"), words)
+    return Point("tmpfs", made["destination"], "tmpfs", "tmpfs", tuple(made["options"]), readonly=entry.flag("ReadOnly"))
 
 
 def _tmpfs(target: str, words: list[str]) -> Mount:
     options = list(_TMPFS_DEFAULTS)
     for word in words:
         name, equals, value = word.partition("=")
-        if (equals and (name not in _TMPFS_VALUES or not value)) or (not equals and name not in _TMPFS_FLAGS):
+        if (equals and (name not in TMPFS_VALUES or not value)) or (not equals and name not in TMPFS_FLAGS):
             raise InvalidRequest(f"invalid tmpfs option '{word}'", hint="for example --tmpfs /tmp:size=64m,mode=1777")
         opposite = name[2:] if name.startswith("no") else f"no{name}"
         options = [x for x in options if x not in (opposite, word)]
@@ -166,20 +213,28 @@ def _only(body: Body, name: str, allowed: tuple[str, ...]) -> None:
             raise InvalidRequest(f"{name}.{key} is not supported", hint=f"leave {key} out")
 
 
-def make_sources(binds: tuple[Bind, ...]) -> None:
+def upgraded(row: Row) -> Row:
+    """`row` with its mount points, which versions without volumes did not store."""
+    host = Body("HostConfig", row.spec.host)
+    if row.mounts or not (host.data.get("Binds") or host.data.get("Mounts")):
+        return row
+    return row._replace(mounts=tuple(point.stored() for point in parse(Body("Config", {}), host).points))
+
+
+def make_sources(points: tuple[Point, ...]) -> None:
     """See that every source exists; made as a directory where the client's way of asking allows it."""
-    for bind in binds:
-        if os.path.lexists(bind.source):
+    for point in points:
+        if point.what != "bind" or os.path.lexists(point.origin):
             continue
-        if not bind.make_source:
+        if not point.make_source:
             raise InvalidRequest(
-                f'invalid mount config for type "bind": bind source path does not exist: {bind.source}',
-                hint=f"mkdir -p {bind.source}",
+                f'invalid mount config for type "bind": bind source path does not exist: {point.origin}',
+                hint=f"mkdir -p {point.origin}",
             )
         try:
-            os.makedirs(bind.source, 0o755, exist_ok=True)
+            os.makedirs(point.origin, 0o755, exist_ok=True)
         except OSError as error:
-            raise from_os_error(f"cannot make the source of bind mount {bind.target}", error) from error
+            raise from_os_error(f"cannot make the source of bind mount {point.target}", error) from error
 
 
 def default_mounts(host: Body) -> list[Mount]:
@@ -213,9 +268,8 @@ def _mount(destination: str, kind: str, source: str, options: list[str]) -> Moun
     return {"destination": destination, "type": kind, "source": source, "options": options}
 
 
-def all_mounts(host: Body, own: Mounts) -> list[Mount]:
+def all_mounts(host: Body, own: list[Mount]) -> list[Mount]:
     """The default mounts but for those that the client replaces, then the client's, outer ones first."""
-    targets = own.targets
+    targets = {m["destination"] for m in own}
     mounts = [m for m in default_mounts(host) if m["destination"] not in targets]
-    asked = [b.mount() for b in own.binds] + list(own.tmpfs)
-    return mounts + sorted(asked, key=lambda m: m["destination"].count("/"))
+    return mounts + sorted(own, key=lambda m: str(m["destination"]).count("/"))

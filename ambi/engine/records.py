@@ -11,6 +11,7 @@ from ambi.core.model import ExecId, ExitStatus, InstanceId
 from ambi.core.roots import Roots
 from ambi.engine import logopts
 from ambi.engine.endpoints import asked_for
+from ambi.engine.mountpoints import points_of
 from ambi.engine.netstate import NetState
 from ambi.engine.request import argv_of
 from ambi.engine.state import Row
@@ -128,6 +129,7 @@ class Record:
             run_dir=roots.instance_run(row.id),
             health=self.health,
             net=self.net if self.net is not None else NetState(asked_for(row.spec)),
+            mounts=points_of(row.mounts),
             log_path=logopts.log_path(row.spec.host, data, row.id),
         )
 

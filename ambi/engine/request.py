@@ -19,6 +19,7 @@ _WORKS = """
     CpusetMems Devices Dns DnsOptions DnsSearch ExtraHosts GroupAdd Init IpcMode Links LogConfig MaskedPaths Memory
     MemoryReservation MemorySwap Mounts NanoCpus NetworkMode OomScoreAdj PidMode PidsLimit PortBindings Privileged
     PublishAllPorts ReadonlyPaths ReadonlyRootfs RestartPolicy Runtime SecurityOpt ShmSize Sysctls Tmpfs Ulimits UTSMode
+    VolumeDriver VolumesFrom
 """
 _SUPPORTED = frozenset(_WORKS.split())
 # Fields that do not work, and Docker's flag for each.
@@ -42,8 +43,6 @@ _REFUSED = {
     "OomKillDisable": "--oom-kill-disable",
     "StorageOpt": "--storage-opt",
     "UsernsMode": "--userns",
-    "VolumeDriver": "--volume-driver",
-    "VolumesFrom": "--volumes-from",
 }
 _CONTAINER_ONLY = {
     "CpuShares": "--cpu-shares",
@@ -52,7 +51,7 @@ _CONTAINER_ONLY = {
     "Devices": "--device",
     "MemoryReservation": "--memory-reservation",
 }
-_NEUTRAL: dict[str, tuple[Any, ...]] = {"MemorySwappiness": (-1,), "VolumeDriver": ("local",), "Isolation": ("default",)}
+_NEUTRAL: dict[str, tuple[Any, ...]] = {"MemorySwappiness": (-1,), "Isolation": ("default",)}
 
 
 def isolation_of(host: Body) -> Isolation:
@@ -128,8 +127,6 @@ def _check_modes(host: Body, isolation: Isolation) -> None:
 
 
 def _check_config(config: Body) -> None:
-    for path in config.object("Volumes").data:
-        raise InvalidRequest(f"--volume {path}: anonymous volumes are not supported yet", hint=f"use --tmpfs {path}")
     healthcheck.check_config(config)
     if config.number("StopTimeout") < -1:
         raise InvalidRequest("--stop-timeout must not be negative", hint="--stop-timeout 10")
@@ -141,7 +138,7 @@ def _check_config(config: Body) -> None:
 def complete(spec: CreateSpec, image: dict[str, Any], instance: str) -> CreateSpec:
     """`spec` with what Docker fills in from the image's config (`image`, the `config` member) and the instance's id.
 
-    Volumes and health checks that the image declares are left out: their paths are part of the instance's own root.
+    Health checks that the image declares are left out.
     """
     config, host = Body("Config", spec.config), Body("HostConfig", spec.host)
     base = Body("image config", image)
@@ -169,6 +166,9 @@ def complete(spec: CreateSpec, image: dict[str, Any], instance: str) -> CreateSp
     ports = {**base.object("ExposedPorts").data, **config.object("ExposedPorts").data}
     if ports:
         merged["ExposedPorts"] = ports
+    volumes = {**base.object("Volumes").data, **config.object("Volumes").data}
+    if volumes:
+        merged["Volumes"] = volumes
     if not config.text("Hostname"):
         shared = host.text("NetworkMode") == "host" or host.text("UTSMode") == "host"
         merged["Hostname"] = os.uname().nodename if shared else instance[:12]

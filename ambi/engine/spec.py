@@ -14,6 +14,7 @@ from ambi.core.plan import File, LaunchPlan, Layers, Supervision
 from ambi.core.roots import Roots
 from ambi.engine import logopts, mounts, netfiles, resources, security
 from ambi.engine.body import Body
+from ambi.engine.mountpoints import Point
 from ambi.engine.netnames import Names
 from ambi.engine.request import argv_of
 from ambi.engine.types import CreateSpec
@@ -25,20 +26,31 @@ HIGHEST_ID = (1 << 31) - 1  # Docker's limit of users and groups
 
 
 class Prepared(NamedTuple):
-    """What a plan is made of, before the layers are known. binds: their sources are made at start."""
+    """What a plan is made of, before the layers are known. points: sources of binds are made at start."""
 
     config: dict[str, Any]
-    binds: tuple[mounts.Bind, ...]
+    points: tuple[Point, ...]
     files: tuple[File, ...]
     supervision: Supervision
 
 
 def prepare(
-    instance: InstanceId, isolation: Isolation, spec: CreateSpec, data_dir: Path, net: Names | None = None
+    instance: InstanceId,
+    isolation: Isolation,
+    spec: CreateSpec,
+    data_dir: Path,
+    net: Names | None = None,
+    points: tuple[Point, ...] | None = None,
 ) -> Prepared:
-    """Everything that can be wrong with `spec` raises InvalidRequest here. net: at a start, how it is on its networks."""
+    """Everything that can be wrong with `spec` raises InvalidRequest here. net: at a start, how it is on its networks.
+
+    points: its mount points, once they are resolved.
+    """
     config, host = Body("Config", spec.config), Body("HostConfig", spec.host)
-    own = mounts.parse(host)
+    asked = mounts.parse(config, host)
+    points = asked.points if points is None else points
+    own = [point.entry() for point in points] + list(asked.tmpfs)
+    targets = {str(entry["destination"]) for entry in own}
     options = security.parse_options(host)
     oci = {
         "ociVersion": "1.0.2",
@@ -51,9 +63,9 @@ def prepare(
         "annotations": _annotations(host),
     }
     made = netfiles.build(config, host, net)
-    files = tuple(File(PurePosixPath(path), 0o644, text) for path, text in made.items() if path not in own.targets)
+    files = tuple(File(PurePosixPath(path), 0o644, text) for path, text in made.items() if path not in targets)
     log = data_dir / f"{instance}-json.log"
-    return Prepared(oci, own.binds, files, logopts.supervision(config, host, log))
+    return Prepared(oci, points, files, logopts.supervision(config, host, log))
 
 
 def plan(

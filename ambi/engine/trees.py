@@ -21,6 +21,7 @@ from ambi.engine import mounts, spec
 from ambi.engine.core import Core
 from ambi.engine.create import write_whole
 from ambi.engine.lifecycle import SHIM_END_S, check_present, layers_of, soon, wait_run_end, waiting_run
+from ambi.engine.mountpoints import points_of
 from ambi.engine.records import Record, Run
 from ambi.shim.client import ShimConnection
 
@@ -221,8 +222,8 @@ def _prepare(core: Core, record: Record) -> Run:
     """A shim that runs nothing, with a plan. With the record's lock held."""
     wait_run_end(core, record)
     data, row = core.roots.instance_data(record.id), record.row
-    prepared = spec.prepare(record.id, row.isolation, row.spec, data)
-    mounts.make_sources(prepared.binds)
+    prepared = spec.prepare(record.id, row.isolation, row.spec, data, points=points_of(row.mounts))
+    mounts.make_sources(prepared.points)
     run = waiting_run(core, record)
     if run is None or not run.looks:  # one that waits for the next request has its plan
         plan = spec.plan(record.id, row.isolation, row.spec, layers_of(core, record), core.roots, prepared)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from ambi.core.model import ExecId, InstanceId, Isolation, Status, Workload
+from ambi.engine.mountpoints import Point
 from ambi.engine.netstate import NetState
 
 if TYPE_CHECKING:
@@ -53,6 +54,7 @@ class Instance(NamedTuple):
     image: what the user typed; image_id: `sha256:...`. argv: what runs, entrypoint and command merged.
     exec_ids: of execs that have not ended. log_path: of the json-file log, None without one.
     data_dir, run_dir: the instance's own directories, see ambi/engine/README.md. net: on which networks it is.
+    mounts: all but those of `--tmpfs`.
     health: of the last run, None without a check.
     """
 
@@ -72,6 +74,7 @@ class Instance(NamedTuple):
     run_dir: Path
     log_path: Path | None
     net: NetState = NetState()
+    mounts: tuple[Point, ...] = ()
     health: Health | None = None
 
     @property

@@ -17,6 +17,8 @@ from ambi.api.routes import ROUTER
 from ambi.core.errors import InvalidRequest, NotFound
 from ambi.core.model import ExecId, InstanceId, Isolation, Status, Usage, Workload
 from ambi.core.version import VERSION
+from ambi.engine import mounts
+from ambi.engine.body import Body
 from ambi.engine.types import CreateSpec, Event, Exec, Instance, LogEntry, State
 
 ROOT = Path(__file__).parents[2]
@@ -40,6 +42,7 @@ def instance(*, state: State | None = None, host: dict[str, Any] | None = None, 
         data_dir=Path("/d"),
         run_dir=Path("/r"),
         log_path=Path("/d/x.log"),
+        mounts=mounts.parse(Body("Config", {}), Body("HostConfig", host or {})).points,
     )
 
 

@@ -45,7 +45,6 @@ def test_networks_and_ports_pass_without_a_warning() -> None:
     "host,flag",
     [
         ({"RestartPolicy": {"Name": "always"}}, "--restart"),
-        ({"VolumesFrom": ["a"]}, "--volumes-from"),
         ({"BlkioWeight": 10}, "--blkio-weight"),
         ({"DeviceRequests": [{"Count": -1}]}, "--gpus"),
         ({"MemorySwappiness": 10}, "--memory-swappiness"),

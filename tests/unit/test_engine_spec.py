@@ -12,6 +12,7 @@ from ambi.core.plan import LaunchPlan, Layers
 from ambi.core.roots import Roots
 from ambi.engine import mounts, resources, security, spec
 from ambi.engine.body import Body
+from ambi.engine.mountpoints import Point
 from ambi.engine.types import CreateSpec
 from ambi.linux.capabilities import NAMES
 
@@ -123,14 +124,16 @@ def test_limits_become_resources() -> None:
         ({"Sysctls": {"net.x": "1"}, "NetworkMode": "host"}, "host network"),
         ({"Sysctls": {"net/../../x": "1"}}, "net/../../x"),
         ({"Devices": [{"PathOnHost": "/etc/passwd", "PathInContainer": "/x"}]}, "not a device node"),
-        ({"Binds": ["data:/x"]}, "named volumes"),
+        ({"Binds": ["data:/x:rslave"]}, "invalid mode: rslave"),
+        ({"VolumesFrom": ["a:fly"]}, "invalid volumes-from"),
         ({"Binds": ["/a:relative"]}, "must be absolute"),
         ({"Binds": ["/a:/"]}, "destination can't be '/'"),
         ({"Binds": ["/a:/x/../.."]}, "destination can't be '/'"),
         ({"Binds": ["/a:/x:fly"]}, "invalid mode: fly"),
         ({"Binds": ["/a:/x"], "Tmpfs": {"/x": ""}}, "Duplicate mount point: /x"),
         ({"Mounts": [{"Type": "bind", "Source": "/no/such/thing", "Target": "/x"}]}, "bind source path does not exist"),
-        ({"Mounts": [{"Type": "volume", "Target": "/x"}]}, "type=volume"),
+        ({"Mounts": [{"Type": "fly", "Target": "/x"}]}, "mount type unknown"),
+        ({"Mounts": [{"Type": "volume", "Target": "/x", "Source": "v", "VolumeOptions": {"Subpath": "../y"}}]}, "inside"),
         ({"Tmpfs": {"/x": "upperdir=/etc"}}, "invalid tmpfs option"),
         ({"LogConfig": {"Type": "syslog"}}, "--log-driver syslog"),
         ({"LogConfig": {"Type": "json-file", "Config": {"compress": "true"}}}, "unknown log opt 'compress'"),
@@ -178,15 +181,15 @@ def test_a_client_may_replace_default_mounts_and_outer_mounts_come_first() -> No
     config = oci(Binds=["/tmp:/a/b/c", "/tmp:/a:ro"], Tmpfs={"/dev/shm": "exec,size=1m"})
     own = [m for m in config["mounts"] if m["destination"] in ("/a", "/a/b/c", "/dev/shm")]
     assert [m["destination"] for m in own] == ["/a", "/dev/shm", "/a/b/c"]
-    assert own[0]["options"] == ["rbind", "rprivate", "ro"]
+    assert own[0]["options"] == ["rbind", "rprivate", "ro", "rro"]
     assert own[1]["options"] == ["nosuid", "nodev", "exec", "size=1m"]
 
 
 def test_a_missing_source_is_made_for_a_volume_and_for_nothing_else(tmp_path: Path) -> None:
-    found = mounts.parse(Body("HostConfig", {"Binds": [f"{tmp_path}/new/deep:/x"]}))
-    mounts.make_sources(found.binds)
+    found = mounts.parse(Body("Config", {}), Body("HostConfig", {"Binds": [f"{tmp_path}/new/deep:/x"]}))
+    mounts.make_sources(found.points)
     assert (tmp_path / "new/deep").is_dir()
-    bind = mounts.Bind(str(tmp_path / "gone"), "/x", ("rbind",), False)
+    bind = Point("bind", "/x", "bind", str(tmp_path / "gone"), ("rbind",))
     with pytest.raises(InvalidRequest, match="does not exist"):
         mounts.make_sources((bind,))
 

@@ -12,6 +12,7 @@ from ambi.core.model import Isolation, Status, Workload
 from ambi.core.roots import FORMAT, Roots
 from ambi.engine import daemon, filters, names, signals
 from ambi.engine.bus import EventBus
+from ambi.engine.mountpoints import Point
 from ambi.engine.records import Record, Registry
 from ambi.engine.state import StateDb
 from ambi.engine.types import CreateSpec, Instance, State
@@ -60,6 +61,7 @@ def instance(**changes: object) -> Instance:
         data_dir=Path("/d"),
         run_dir=Path("/r"),
         log_path=None,
+        mounts=(Point("bind", "/dst", "bind", "/src", shown="/src"),),
     )
     return made._replace(**changes)  # type: ignore[arg-type]
 

@@ -1,0 +1,237 @@
+"""The volumes of an engine: records, life cycle, who uses them, events.
+
+A volume is used by the instances whose mount points name it, running or not, and by a create that is on its way. Nothing
+else is counted, so nothing can be wrong after a death.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from ambi.core.errors import AmbiError, Conflict, InvalidRequest, NotFound
+from ambi.core.model import Isolation
+from ambi.engine import localvolume as local
+from ambi.engine import mounts
+from ambi.engine.bus import attributes_of
+from ambi.engine.filters import Filters, has_labels
+from ambi.engine.localvolume import Volume
+from ambi.engine.mountpoints import Asked, Point, VolumeAsk, points_of
+
+if TYPE_CHECKING:
+    from ambi.engine.core import Core
+    from ambi.engine.records import Record
+
+log = logging.getLogger(__name__)
+
+ANONYMOUS_LABEL = "com.docker.volume.anonymous"
+
+
+class Volumes:
+    """Safe to use from any thread. The lock is a leaf but for the registry's own and the database's."""
+
+    def __init__(self, core: Core) -> None:
+        self._core = core
+        self._lock = threading.RLock()
+        self._volumes: dict[str, Volume] = {}
+        self._claims: Counter[str] = Counter()  # by creates that are on their way
+
+    def restore(self) -> None:
+        """What the directories say is true; the database follows."""
+        self._volumes = local.found(self._core.roots.volumes)
+        stored = {str(body["name"]) for body in self._core.db.volumes()}
+        for name in stored - self._volumes.keys():
+            self._core.db.delete_volume(name)
+        for name in self._volumes.keys() - stored:
+            volume = self._volumes[name]
+            self._core.db.insert_volume(name, volume.body(), volume.created_ns)
+
+    def all(self) -> list[Volume]:
+        with self._lock:
+            return sorted(self._volumes.values(), key=lambda v: v.name)
+
+    def find(self, name: str) -> Volume:
+        """Raises NotFound with Docker's words."""
+        with self._lock:
+            volume = self._volumes.get(name)
+        if volume is None:
+            raise NotFound(f"get {name}: no such volume", hint="`ambi volume ls` lists what there is")
+        return volume
+
+    def mountpoint(self, volume: Volume) -> str:
+        return str(local.mountpoint(self._core.roots.volumes, volume.name))
+
+    def used_bytes(self, volume: Volume) -> int:
+        return local.used_bytes(self._core.roots.volumes, volume.name)
+
+    def users(self, name: str) -> list[Record]:
+        return [record for record in self._core.registry if any(m["name"] == name for m in record.row.mounts)]
+
+    def create(
+        self, name: str, driver: str = "", options: dict[str, str] | None = None, labels: dict[str, str] | None = None
+    ) -> Volume:
+        """The volume `name`, made unless it is there; without a name an anonymous one."""
+        if not name:
+            name, labels = secrets.token_hex(32), {**(labels or {}), ANONYMOUS_LABEL: ""}
+        driver = driver or local.DRIVER
+        with self._lock:
+            volume = self._volumes.get(name)
+            if volume is not None and driver == volume.driver:
+                return volume
+            local.check(name, driver, options)
+            volume = Volume(name, driver, labels, options, time.time_ns())
+            local.make(self._core.roots, volume)
+            try:
+                self._core.db.insert_volume(name, volume.body(), volume.created_ns)
+            except AmbiError:
+                local.remove(self._core.roots.volumes, name)
+                raise
+            self._volumes[name] = volume
+        self._publish(name, "create")
+        return volume
+
+    def remove(self, name: str, *, force: bool = False) -> None:
+        """Raises NotFound (unless `force`), Conflict (in use)."""
+        with self._lock:
+            if name not in self._volumes and force:
+                return
+            self.find(name)
+            users = [record.id for record in self.users(name)]
+            if users or self._claims[name]:
+                raise Conflict(
+                    f"remove {name}: volume is in use - [{', '.join(users)}]",
+                    hint=f"ambi rm {users[0][:12]}" if users else "wait until the instance is made",
+                )
+            local.remove(self._core.roots.volumes, name)
+            self._core.db.delete_volume(name)
+            del self._volumes[name]
+        self._publish(name, "destroy")
+
+    def prune(self, filters: Filters, *, everything: bool) -> tuple[list[str], int]:
+        """Remove what nobody uses, without `everything` only anonymous ones; names and bytes."""
+        removed, freed = [], 0
+        for volume in self.all():
+            labels = volume.labels or {}
+            if not everything and ANONYMOUS_LABEL not in labels:
+                continue
+            if not has_labels(labels, filters.get("label", ())):
+                continue
+            if any(has_labels(labels, [value]) for value in filters.get("label!", ())) or self.users(volume.name):
+                continue
+            size = self.used_bytes(volume)
+            try:
+                self.remove(volume.name)
+            except (Conflict, NotFound):  # used or removed since
+                continue
+            removed.append(volume.name)
+            freed += size
+        self._core.bus.publish("volume", "prune", "", {"reclaimed": str(freed)})
+        return removed, freed
+
+    @contextmanager
+    def claimed(self, asked: Asked, isolation: Isolation) -> Iterator[tuple[Point, ...]]:
+        """The mount points of an instance that is being made, by target. Its volumes stay until the end of the `with`.
+
+        Anonymous volumes made for it are removed when it fails.
+        """
+        points: dict[str, Point] = {point.target: point for point in self._inherited(asked)}
+        own = (
+            {item.target for item in asked.points}
+            | {item.target for item in asked.volumes}
+            | {str(m["destination"]) for m in asked.tmpfs}
+        )
+        points = {target: point for target, point in points.items() if target not in own or self._implied(asked, target)}
+        with self._lock:
+            names = [point.name for point in points.values() if point.name]
+            self._claims.update(names)
+        made: list[str] = []
+        try:
+            points.update({point.target: point for point in asked.points})
+            for ask in asked.volumes:
+                if ask.target not in points or ask.name:
+                    points[ask.target] = self._point(ask, isolation, names, made)
+            yield tuple(points.values())
+        except BaseException:
+            with self._lock:
+                self._claims.subtract(names)
+                names = []
+            self.drop(made)
+            raise
+        finally:
+            with self._lock:
+                self._claims.subtract(names)
+
+    @staticmethod
+    def _implied(asked: Asked, target: str) -> bool:
+        """Whether `target` is there only because the image or `-v PATH` says that it is to be a volume."""
+        return any(ask.target == target and not ask.name for ask in asked.volumes)
+
+    def _inherited(self, asked: Asked) -> Iterator[Point]:
+        for source in asked.inherits:
+            for point in points_of(self._core.registry.find(source.instance).row.mounts):
+                yield point._replace(readonly=point.readonly or source.readonly, mode=source.mode or point.mode)
+
+    def _point(self, ask: VolumeAsk, isolation: Isolation, names: list[str], made: list[str]) -> Point:
+        with self._lock:
+            labels = ask.labels
+            volume = self.create(ask.name, ask.driver, ask.options, labels)
+            names.append(volume.name)
+            self._claims[volume.name] += 1
+        if not ask.name:
+            made.append(volume.name)
+        return local.point(self._core.roots.volumes, volume, ask, isolation)
+
+    def drop(self, names: list[str]) -> None:
+        """Remove anonymous volumes with their instance; one that another instance uses stays."""
+        for name in names:
+            try:
+                self.remove(name, force=True)
+            except Conflict:
+                continue
+            except AmbiError as error:
+                log.warning("volume %s: %s", name[:12], error)
+
+    def check_start(self, record: Record) -> None:
+        """Raises Conflict when a disk of it is another running instance's, and for a source that must be there."""
+        points = points_of(record.row.mounts)
+        for point in points:
+            if point.what != "ambi.disk":
+                continue
+            for other in self.users(point.name):
+                if other is not record and other.state.running:
+                    raise Conflict(
+                        f"volume {point.name} is a disk and in use by {other.name}: one virtual machine at a time",
+                        hint=f"ambi stop {other.name}",
+                    )
+        mounts.make_sources(points)
+
+    def mounted(self, record: Record) -> None:
+        for point in points_of(record.row.mounts):
+            if point.name:
+                self._publish(
+                    point.name, "mount", container=record.id, destination=point.target, propagation=point.propagation,
+                    **{"read/write": "false" if point.readonly else "true"},
+                )  # fmt: skip
+
+    def unmounted(self, record: Record) -> None:
+        for point in points_of(record.row.mounts):
+            if point.name:
+                self._publish(point.name, "unmount", container=record.id)
+
+    def _publish(self, name: str, action: str, **own: str) -> None:
+        self._core.bus.publish("volume", action, name, attributes_of(None, driver=local.DRIVER, **own))
+
+
+def text_map(value: object, what: str) -> dict[str, str] | None:
+    """An object of texts of a client's JSON, None when it is not given. Raises InvalidRequest."""
+    if value is None:
+        return None
+    if not isinstance(value, dict) or not all(isinstance(x, str) for x in value.values()):
+        raise InvalidRequest(f"{what} must be an object of strings")
+    return value
