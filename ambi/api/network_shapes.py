@@ -79,7 +79,10 @@ def endpoints(instance: Instance, *, names: bool = True) -> dict[str, Any]:
     if mode == "host" or (mode == "none" and not instance.net.endpoints):
         shown = {**_settings(Endpoint(mode, {})), "NetworkID": builtin_id(mode)}
         return {mode: shown}
-    return {endpoint.name: _endpoint(instance, endpoint, names) for endpoint in instance.net.endpoints}
+    found = instance.net.endpoints
+    if not instance.state.running:  # its address is on its way back
+        found = tuple(endpoint._replace(id="", nic=None) for endpoint in found)
+    return {endpoint.name: _endpoint(instance, endpoint, names) for endpoint in found}
 
 
 def _endpoint(instance: Instance, endpoint: Endpoint, names: bool) -> dict[str, Any]:

@@ -365,7 +365,8 @@ class Networks:
 
     def members(self, network: Network) -> list[tuple[Instance, Endpoint]]:
         """Who has an address on it now."""
-        return [(record.snapshot(self._core.roots), endpoint) for record, endpoint in self.live(network.id)]
+        found = [(record.snapshot(self._core.roots), endpoint) for record, endpoint in self.live(network.id)]
+        return [(instance, endpoint) for instance, endpoint in found if instance.state.running]
 
     def _resolve(self, endpoint: Endpoint) -> Network:
         if endpoint.network and endpoint.network in self._networks:
