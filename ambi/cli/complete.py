@@ -21,7 +21,8 @@ def _ask(ctx: click.Context, path: str, query: dict[str, str]) -> list[dict[str,
         found = app.quiet_client(seconds=SECONDS).get(path, query)
     except (AmbiError, OSError):
         return []
-    return found if isinstance(found, list) else []
+    rows = found.get("Volumes") if isinstance(found, dict) else found
+    return rows if isinstance(rows, list) else []
 
 
 def _names(rows: Iterable[dict[str, Any]], incomplete: str) -> list[str]:
@@ -49,6 +50,10 @@ def images(ctx: click.Context, parameter: click.Parameter, incomplete: str) -> l
             names.add(name)
             names.add(name.removesuffix(":latest"))
     return sorted(name for name in names if name.startswith(incomplete) and name != "<none>:<none>")
+
+
+def volumes(ctx: click.Context, parameter: click.Parameter, incomplete: str) -> list[str]:
+    return sorted(n for n in (str(row.get("Name")) for row in _ask(ctx, "/volumes", {})) if n.startswith(incomplete))
 
 
 def networks(ctx: click.Context, parameter: click.Parameter, incomplete: str) -> list[str]:

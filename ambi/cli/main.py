@@ -26,7 +26,7 @@ class Entry(NamedTuple):
     summary: str
 
 
-INSTANCES, IMAGES, NETWORKS, ENGINE = "Instances", "Images", "Networks", "Engine"
+INSTANCES, IMAGES, NETWORKS, ENGINE = "Instances", "Images", "Networks and volumes", "Engine"
 COMMANDS: dict[str, Entry] = {
     "run": Entry(INSTANCES, "run", "run", "Create and start an instance of an image, and attach to it."),
     "create": Entry(INSTANCES, "run", "create", "Create an instance of an image, without starting it."),
@@ -52,11 +52,12 @@ COMMANDS: dict[str, Entry] = {
         "Write the whole root file system of an instance as a tar archive, without what is mounted in it.",
     ),
     "commit": Entry(INSTANCES, "trees", "commit", "Make an image of what an instance has changed in its own image."),
-    "inspect": Entry(INSTANCES, "inspect", "inspect", "Show everything about instances, images or networks."),
+    "inspect": Entry(INSTANCES, "inspect", "inspect", "Show everything about instances, images, networks or volumes."),
     "top": Entry(INSTANCES, "top", "top", "List the processes of an instance."),
     "stats": Entry(INSTANCES, "stats", "stats", "Show what instances use, live."),
     "port": Entry(INSTANCES, "port", "port", "Show where an instance's ports are published."),
     "network": Entry(NETWORKS, "network", "network", "Manage networks."),
+    "volume": Entry(NETWORKS, "volume", "volume", "Manage volumes."),
     "image": Entry(IMAGES, "image", "image", "Manage images."),
     "images": Entry(IMAGES, "image", "list_", "List images."),
     "pull": Entry(IMAGES, "registry", "pull", "Get an image from a registry."),
@@ -81,7 +82,6 @@ COMMANDS: dict[str, Entry] = {
 # What people who come from docker type, and does not exist yet: what to do instead.
 INSTEAD = {
     "--restart": "leave it out, and start the instance again yourself: ambi start NAME",
-    "--volumes-from": "bind the same directories of the host: -v /path:/path",
     "--gpus": "leave it out, or pass on a device: --device /dev/NAME",
 }
 

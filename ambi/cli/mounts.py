@@ -53,12 +53,11 @@ def is_device_mode(text: str) -> bool:
 
 
 def mount(text: str) -> dict[str, Any]:
-    """`type=bind|tmpfs,KEY[=VALUE],...` as docker's object; a field in double quotes may have commas in it."""
+    """`type=bind|volume|tmpfs,KEY[=VALUE],...` as docker's object; a field in double quotes may have commas in it."""
     import csv
 
     out: dict[str, Any] = {"Type": "volume"}
-    bind: dict[str, Any] = {}
-    tmp: dict[str, Any] = {}
+    options: dict[str, dict[str, Any]] = {"bind": {}, "volume": {}, "tmpfs": {}}
     try:
         fields = next(csv.reader([text], strict=True), [])
     except csv.Error as error:
@@ -68,7 +67,10 @@ def mount(text: str) -> dict[str, Any]:
         key = key.lower()
         if key in ("readonly", "ro"):
             out["ReadOnly"] = _switch(text, key, value if separator else "true")
-        elif not separator and key != "bind-nonrecursive":
+        elif key in _FLAGS:
+            kind, name = _FLAGS[key]
+            options[kind][name] = _switch(text, key, value if separator else "true")
+        elif not separator:
             raise _bad(text, f"'{field}' has no value")
         elif key == "type":
             out["Type"] = value.lower()
@@ -76,35 +78,62 @@ def mount(text: str) -> dict[str, Any]:
             out["Source"] = os.path.abspath(value) if value.startswith(".") else value
         elif key in ("target", "dst", "destination"):
             out["Target"] = value
-        elif key == "bind-propagation" and value in _PROPAGATIONS:
-            bind["Propagation"] = value
-        elif key == "tmpfs-size":
-            tmp["SizeBytes"] = parse_size("--mount tmpfs-size", value)
-        elif key == "tmpfs-mode":
-            tmp["Mode"] = _octal(text, value)
+        elif key == "consistency":
+            out["Consistency"] = value.lower()
         else:
-            raise _bad(text, f"'{field}' is not supported")
-    return _checked(text, out, bind, tmp)
+            _option(text, key, value, options)
+    return _checked(text, out, options)
 
 
-def _checked(text: str, out: dict[str, Any], bind: dict[str, Any], tmp: dict[str, Any]) -> dict[str, Any]:
+_FLAGS = {"bind-nonrecursive": ("bind", "NonRecursive"), "volume-nocopy": ("volume", "NoCopy")}
+_RECURSIONS = {
+    "enabled": {},
+    "disabled": {"NonRecursive": True},
+    "writable": {"ReadOnlyNonRecursive": True},
+    "readonly": {"ReadOnlyForceRecursive": True},
+}
+
+
+def _option(text: str, key: str, value: str, options: dict[str, dict[str, Any]]) -> None:
+    """A field that only one type of mount has."""
+    if key == "bind-propagation" and value in _PROPAGATIONS:
+        options["bind"]["Propagation"] = value
+    elif key == "bind-recursive" and value in _RECURSIONS:
+        options["bind"].update(_RECURSIONS[value])
+    elif key == "volume-label":
+        name, _, rest = value.partition("=")
+        options["volume"].setdefault("Labels", {})[name] = rest
+    elif key == "volume-driver":
+        options["volume"].setdefault("DriverConfig", {})["Name"] = value
+    elif key == "volume-opt":
+        name, _, rest = value.partition("=")
+        options["volume"].setdefault("DriverConfig", {}).setdefault("Options", {})[name] = rest
+    elif key == "volume-subpath":
+        options["volume"]["Subpath"] = value
+    elif key == "tmpfs-size":
+        options["tmpfs"]["SizeBytes"] = parse_size("--mount tmpfs-size", value)
+    elif key == "tmpfs-mode":
+        options["tmpfs"]["Mode"] = _octal(text, value)
+    else:
+        raise _bad(text, f"'{key}={value}' is not supported")
+
+
+def _checked(text: str, out: dict[str, Any], options: dict[str, dict[str, Any]]) -> dict[str, Any]:
     kind = out["Type"]
-    if kind not in ("bind", "tmpfs"):
-        raise _bad(text, f"type={kind} is not supported yet")
+    if kind not in options:
+        raise _bad(text, f"type={kind} is not supported")
     if not out.get("Target"):
         raise _bad(text, "target is missing")
     if kind == "bind" and not out.get("Source"):
         raise _bad(text, "type=bind needs a source")
     if kind == "tmpfs" and "Source" in out:
         raise _bad(text, "type=tmpfs has no source")
-    if (bind and kind != "bind") or (tmp and kind != "tmpfs"):
+    if any(given for other, given in options.items() if other != kind):
         raise _bad(text, f"an option of another type than {kind}")
     if out.get("ReadOnly") is False:
         del out["ReadOnly"]
-    if bind:
-        out["BindOptions"] = bind
-    if tmp:
-        out["TmpfsOptions"] = tmp
+    if options[kind]:
+        out[f"{kind.capitalize()}Options"] = options[kind]
     return out
 
 

@@ -28,6 +28,10 @@ def network_names(app: App) -> list[str]:
     return [str(row["Name"]) for row in app.client.get("/networks")]
 
 
+def volume_names(app: App) -> list[str]:
+    return [str(row["Name"]) for row in app.client.get("/volumes")["Volumes"] or []]
+
+
 @contextmanager
 def looked_up(app: App, name: str, names: Names = instance_names) -> Iterator[None]:
     """Within it, an error that `name` does not exist gets a hint: the name that is nearest, or how to list them."""
@@ -44,7 +48,11 @@ def _with_hint(app: App, error: NotFound, name: str, names: Names) -> NotFound:
         near = nearest(name, names(app))
     except AmbiError:
         near = ""
-    listings: dict[Names, str] = {image_names: "ambi images", network_names: "ambi network ls"}
+    listings: dict[Names, str] = {
+        image_names: "ambi images",
+        network_names: "ambi network ls",
+        volume_names: "ambi volume ls",
+    }
     listing = listings.get(names, "ambi ps --all")
     return NotFound(error.message, hint=f"did you mean {near}?" if near else error.hint or f"{listing} lists what there is")
 

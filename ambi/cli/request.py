@@ -81,6 +81,8 @@ def _host(flags: dict[str, Any], volumes: dict[str, Any]) -> dict[str, Any]:
     host: dict[str, Any] = {
         **_NEUTRAL,
         "Binds": mounts.binds(flags["volume"], volumes) or None,
+        "VolumesFrom": list(flags["volumes_from"]) or None,
+        "VolumeDriver": flags["volume_driver"] or "",
         "ContainerIDFile": flags["cidfile"] or "",
         "LogConfig": _log(flags["log_driver"], flags["log_opt"]),
         "Links": list(flags["link"]) or None,

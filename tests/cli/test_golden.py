@@ -114,6 +114,13 @@ ANSWERS = {
     ("GET", "/images/wev/json"): (404, {"message": "No such image: wev"}),
     ("GET", "/containers/zzzzzz/json"): (404, {"message": "No such container: zzzzzz"}),
     ("GET", "/images/zzzzzz/json"): (404, {"message": "No such image: zzzzzz"}),
+    **{
+        ("GET", f"/{noun}/{name}"): (404, {"message": f"{noun}: no {name}"})
+        for noun in ("networks", "volumes")
+        for name in ("wev", "zzzzzz")
+    },
+    ("GET", "/networks"): (200, []),
+    ("GET", "/volumes"): (200, {"Volumes": None, "Warnings": None}),
     ("POST", "/containers/wev/stop"): (404, {"message": "No such container: wev"}),
     ("POST", "/containers/web/stop"): (204, None),
     ("POST", "/containers/stopped/stop"): (304, None),
@@ -198,7 +205,7 @@ USAGE_ERRORS = [
     ["run", "--rm=perhaps", "debian"],
     ["run", "-e", "=x", "debian"],
     ["run", "--env-file", "/proc/none/env", "debian"],
-    ["run", "--mount", "type=volume,dst=/x", "debian"],
+    ["run", "--mount", "type=image,dst=/x", "debian"],
     ["run", "--mount", "type=bind,dst=/x", "debian"],
     ["run", "--ulimit", "nofile", "debian"],
     ["run", "--ulimit", "nofile=9:8", "debian"],

@@ -83,7 +83,6 @@ def test_what_a_vm_cannot_do_is_refused_for_a_vm_alone(host: dict[str, Any], fla
 @pytest.mark.parametrize(
     "config",
     [
-        {"Image": "x", "Volumes": {"/data": {}}},
         {"Image": "x", "Healthcheck": {"Test": ["CMD", "true"]}},
         {"Image": "x", "MacAddress": "02:00:00:00:00"},
         {"Image": "x", "MacAddress": "01:00:00:00:00:01"},

@@ -9,13 +9,13 @@ import click
 
 from ambi.cli import complete, flags
 from ambi.cli.app import App, DockerCommand, ExitWith, pass_app
-from ambi.cli.names import image_names, instance_names, network_names
+from ambi.cli.names import image_names, instance_names, network_names, volume_names
 from ambi.cli.output import nearest, print_error
 from ambi.cli.template import Template
 from ambi.client.client import path_of
 from ambi.core.errors import AmbiError, NotFound
 
-KINDS = {"container": "containers", "image": "images", "network": "networks"}
+KINDS = {"container": "containers", "image": "images", "network": "networks", "volume": "volumes"}
 
 
 @click.command("inspect", cls=DockerCommand)
@@ -24,7 +24,7 @@ KINDS = {"container": "containers", "image": "images", "network": "networks"}
 @click.argument("names", nargs=-1, required=True, metavar="NAME...", shell_complete=complete.either)
 @pass_app
 def inspect(app: App, names: tuple[str, ...], template: str | None, kind: str | None) -> None:
-    """Show everything about instances, images or networks."""
+    """Show everything about instances, images, networks or volumes."""
     show(names, template, lambda name: _find(app, name, kind))
 
 
@@ -54,11 +54,15 @@ def show(names: tuple[str, ...], template: str | None, find: Callable[[str], Any
 def _find(app: App, name: str, kind: str | None) -> Any:
     for word in [kind] if kind else KINDS:
         try:
-            return app.client.get(path_of(KINDS[word], name, *(() if word == "network" else ("json",))))
+            return app.client.get(path_of(KINDS[word], name, *(() if word in ("network", "volume") else ("json",))))
         except NotFound:
             continue
-    what = kind or "container, image or network"
-    lists = {"container": instance_names, "image": image_names, "network": network_names}
+    what = kind or "container, image, network or volume"
+    lists = {"container": instance_names, "image": image_names, "network": network_names, "volume": volume_names}
     near = nearest(name, [n for word, names in lists.items() if kind in (None, word) for n in names(app)])
-    hint = f"did you mean {near}?" if near else "`ambi ps --all`, `ambi images` and `ambi network ls` list what there is"
+    hint = (
+        f"did you mean {near}?"
+        if near
+        else "`ambi ps --all`, `ambi images`, `ambi network ls` and `ambi volume ls` list what there is"
+    )
     raise NotFound(f"No such {what}: {name}", hint=hint)

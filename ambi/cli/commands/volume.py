@@ -1,0 +1,127 @@
+"""`ambi volume ...`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from ambi.cli import complete, flags, humanize
+from ambi.cli.app import App, DockerCommand, each, pass_app
+from ambi.cli.commands.inspect import show
+from ambi.cli.filters import filter_query
+from ambi.cli.names import on, volume_names
+from ambi.cli.table import Columns
+from ambi.cli.values import key_values
+from ambi.client.client import path_of
+from ambi.core.errors import InvalidRequest
+
+LIST = Columns(
+    {
+        "Name": "VOLUME NAME",
+        "Driver": "DRIVER",
+        "Scope": "SCOPE",
+        "Mountpoint": "MOUNTPOINT",
+        "Labels": "LABELS",
+        "Links": "LINKS",
+        "Size": "SIZE",
+    },
+    ("Driver", "Name"),
+    methods={"Label": lambda key: key},
+)
+
+
+@click.group("volume")
+def volume() -> None:
+    """Manage volumes."""
+
+
+@volume.command("create", cls=DockerCommand)
+@flags.option("-d", "--driver", default="local", metavar="DRIVER", help="There is one, `local`.")
+@flags.many(
+    "-o", "--opt", metavar="KEY=VALUE", help="type=none|tmpfs with o= and device=, or type=disk with size= for a VM."
+)
+@flags.many("--label", metavar="KEY[=VALUE]", help="Label the volume.")
+@flags.option("--name", "named", metavar="NAME", help="Docker's old way to give the name.")
+@click.argument("name", required=False, metavar="[VOLUME]")
+@pass_app
+def create(app: App, name: str | None, driver: str, opt: tuple[str, ...], label: tuple[str, ...], named: str | None) -> None:
+    """Create a volume, and print its name.  [default: a random one]"""
+    if name and named:
+        raise InvalidRequest("--name and VOLUME exclude each other", hint="leave --name out")
+    body = {
+        "Name": name or named or "",
+        "Driver": driver,
+        "DriverOpts": key_values("--opt", (), opt),
+        "Labels": key_values("--label", (), label),
+    }
+    click.echo(app.client.post("/volumes/create", None, body)["Name"])
+
+
+@volume.command("ls", cls=DockerCommand)
+@flags.filter_option("By name, driver, label or dangling.")
+@flags.format_option()
+@flags.switch("-q", "--quiet", help="Names only.")
+@pass_app
+def list_(app: App, filters: tuple[str, ...], template: str | None, quiet: bool) -> None:
+    """List volumes."""
+    found = app.client.get("/volumes", filter_query(filters))["Volumes"] or []
+    if quiet and not template:
+        click.echo("".join(f"{row['Name']}\n" for row in found), nl=False)
+        return
+    LIST.show([_row(row) for row in found], template)
+
+
+def _row(found: dict[str, Any]) -> dict[str, object]:
+    labels = found.get("Labels") or {}
+    return {
+        "Name": found["Name"],
+        "Driver": found["Driver"],
+        "Scope": found["Scope"],
+        "Mountpoint": found["Mountpoint"],
+        "Labels": ",".join(f"{key}={value}" for key, value in sorted(labels.items())),
+        "Label": lambda key: labels.get(key, ""),
+        "Links": "N/A",
+        "Size": "N/A",
+    }
+
+
+@volume.command("inspect", cls=DockerCommand)
+@flags.option("-f", "--format", "template", metavar="FORMAT", help="`json` or a Go template such as '{{.Mountpoint}}'.")
+@click.argument("names", nargs=-1, required=True, metavar="VOLUME...", shell_complete=complete.volumes)
+@pass_app
+def inspect(app: App, names: tuple[str, ...], template: str | None) -> None:
+    """Show everything about volumes."""
+    show(names, template, on(app, volume_names)(lambda name: app.client.get(path_of("volumes", name))))
+
+
+@volume.command("rm", cls=DockerCommand)
+@flags.switch("-f", "--force", help="One that does not exist is no error.")
+@click.argument("names", nargs=-1, required=True, metavar="VOLUME...", shell_complete=complete.volumes)
+@pass_app
+def remove(app: App, names: tuple[str, ...], force: bool) -> None:
+    """Remove volumes that no instance uses, with what is in them."""
+
+    @on(app, volume_names)
+    def act(name: str) -> None:
+        app.client.delete(path_of("volumes", name), {"force": "1"} if force else None)
+        click.echo(name)
+
+    each(names, act)
+
+
+@volume.command("prune", cls=DockerCommand)
+@flags.switch("-a", "--all", "everything", help="Named volumes, too.")
+@flags.switch("-f", "--force", help="Do not ask.")
+@flags.filter_option("By label.")
+@pass_app
+def prune(app: App, everything: bool, force: bool, filters: tuple[str, ...]) -> None:
+    """Remove anonymous volumes that no instance uses."""
+    if not force:
+        which = "all" if everything else "all anonymous"
+        click.confirm(f"This removes {which} volumes that no instance uses. Go on?", abort=True, err=True)
+    query = filter_query((*filters, "all=true") if everything else filters)
+    answer = app.client.post("/volumes/prune", query)
+    if answer["VolumesDeleted"]:
+        click.echo("Deleted Volumes:\n" + "".join(f"{name}\n" for name in answer["VolumesDeleted"]))
+    click.echo(f"Total reclaimed space: {humanize.size(answer['SpaceReclaimed'])}")
