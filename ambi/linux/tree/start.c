@@ -1,6 +1,8 @@
 /* The program by itself, for a container: ambi-tree VERB PATH FLAGS UID GID [EXCLUDED...]. Not part of the agent. */
 #include "parts.h"
 
+#include <linux/prctl.h>
+
 void *memcpy(void *to, const void *from, size_t length) {
     void *result = to;
     __asm__ volatile("rep movsb" : "+D"(to), "+S"(from), "+c"(length) : : "memory");
@@ -46,6 +48,7 @@ static uint32_t number(const char *text) {
 __attribute__((noreturn, used)) static void run(long argc, const char *const *argv) {
     if (argc < 6)
         give_up("Internal", "ambi-tree was started with too few arguments", NULL, 0);
+    SYS2(prctl, PR_SET_NAME, "ambi-tree");
     struct tree_request request = {argv[1], argv[2], number(argv[3]), number(argv[4]), number(argv[5]), argv + 6};
     tree_main(&request);
 }
