@@ -12,7 +12,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -87,6 +87,7 @@ class Networks:
         self.lock = threading.RLock()  # over the networks and over who has which address; held for moments
         self._networks: dict[str, Network] = {n.id: n for n in (_NONE, _HOST)}
         self._making: set[str] = set()  # names of networks that a create is at
+        self._threads: list[threading.Thread] = []
         self._spare = Spare(self.host.new_namespace)
         self.addresses = addressing.Addresses()
         for body in core.db.networks():
@@ -277,7 +278,7 @@ class Networks:
                 self._let_go(record)
         if not self._core.db.networks():
             return
-        threading.Thread(target=self._heal, args=(alive,), name="networks", daemon=True).start()
+        self._start(lambda: self._heal(alive))
 
     def _heal(self, alive: list[Record]) -> None:
         try:
@@ -463,10 +464,18 @@ class Networks:
             self.host.warm_up()
             self._spare.fill()
 
-        threading.Thread(target=warm, name="warm-networks", daemon=True).start()
+        self._start(warm)
+
+    def _start(self, work: Callable[[], None]) -> None:
+        """Run `work` in a thread that `close` waits for."""
+        thread = threading.Thread(target=work, name="networks", daemon=True)
+        self._threads = [t for t in self._threads if t.is_alive()] + [thread]
+        thread.start()
 
     def close(self, *, idle: bool) -> None:
         """idle: nothing runs, so nothing of ours stays in the kernel."""
+        for thread in self._threads:
+            thread.join(_CALL_S)
         self._spare.close()
         self.names.close(idle=idle)
         if idle and self._core.db.networks():
@@ -474,6 +483,7 @@ class Networks:
                 self.host.close_down()
             except AmbiError as error:
                 log.error("networks: %s", error)
+        self.host.close()
 
 
 def _decode(body: dict[str, Any]) -> Network:
