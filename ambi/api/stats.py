@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ambi.api.exchange import Call, Reply, json_reply, to_json
@@ -25,11 +26,15 @@ _TICK_NS = 1_000_000_000 // os.sysconf("SC_CLK_TCK")
 
 
 class Sample(NamedTuple):
-    """Usage at one moment; None when the instance did not run. system_ns: time that all processors have spent."""
+    """Usage at one moment; None when the instance did not run.
+
+    system_ns: time that all processors have spent. networks: rx_bytes, tx_packets, ... of each interface by its name.
+    """
 
     usage: Usage | None
     system_ns: int
     time_ns: int
+    networks: Mapping[str, Mapping[str, int]] = {}
 
 
 def stats(call: Call) -> Reply | None:
@@ -60,13 +65,13 @@ def _stream(call: Call, instance: Instance, first: Sample) -> None:
 
 
 def _sample(engine: Engine, instance: Instance) -> Sample:
-    usage = None
+    usage, networks = None, {}
     if instance.state.running:
         try:
-            usage = engine.usage(instance.id)
+            usage, networks = engine.usage(instance.id), engine.traffic(instance.id)
         except (Conflict, NotFound, Unavailable):
             pass  # it has ended meanwhile
-    return Sample(usage, system_time_ns(), time.time_ns())
+    return Sample(usage, system_time_ns(), time.time_ns(), networks)
 
 
 def system_time_ns() -> int:
@@ -89,11 +94,12 @@ def shape(instance: Instance, current: Sample, previous: Sample | None) -> dict[
             "stats": {"inactive_file": cache, "total_inactive_file": cache},
         }
         pids = {"current": usage.pids}
+    networks = {name: {field: seen[field] for field in _NETWORK} for name, seen in current.networks.items() if seen}
     return {
         "read": rfc3339_nano(current.time_ns) if usage else NEVER,
         "preread": rfc3339_nano(previous.time_ns) if previous and previous.usage else NEVER,
         "pids_stats": pids,
-        "blkio_stats": dict.fromkeys(_BLKIO),
+        "blkio_stats": {**dict.fromkeys(_BLKIO), **(_block(usage) if usage else {})},
         "num_procs": 0,
         "storage_stats": {},
         "cpu_stats": _cpu(current),
@@ -101,7 +107,17 @@ def shape(instance: Instance, current: Sample, previous: Sample | None) -> dict[
         "memory_stats": memory,
         "name": f"/{instance.name}",
         "id": instance.id,
+        **({"networks": networks} if networks else {}),
     }
+
+
+_NETWORK = tuple(f"{way}_{noun}" for way in ("rx", "tx") for noun in ("bytes", "packets", "errors", "dropped"))
+
+
+def _block(usage: Usage) -> dict[str, Any]:
+    """Bytes of all devices together, as the device 0:0: clients add them up."""
+    done = (("read", usage.block_read_bytes), ("write", usage.block_write_bytes))
+    return {"io_service_bytes_recursive": [{"major": 0, "minor": 0, "op": op, "value": value} for op, value in done]}
 
 
 _BLKIO = (

@@ -14,6 +14,7 @@ from ambi.api.stats import host_memory_bytes
 from ambi.api.words import rfc3339_nano
 from ambi.core.errors import NotFound, Unavailable, Unsupported
 from ambi.core.model import Isolation
+from ambi.engine.newnetwork import DRIVERS
 from ambi.shim import drivers
 
 _PING_HEADERS = (
@@ -59,7 +60,8 @@ def info(call: Call) -> Reply:
         "Images": it.images,
         "Driver": "ambi",
         "DriverStatus": [["Layers", form], ["Because", reason]],
-        "Plugins": {"Volume": ["local"], "Network": ["host", "null"], "Authorization": None, "Log": ["json-file", "none"]},
+        "Plugins": {"Volume": ["local"], "Network": [*DRIVERS, "host", "null"], "Authorization": None,
+                    "Log": ["json-file", "none"]},
         "MemoryLimit": True, "SwapLimit": True, "CpuCfsPeriod": True, "CpuCfsQuota": True, "CPUShares": True,
         "CPUSet": True, "PidsLimit": True, "IPv4Forwarding": True, "OomKillDisable": False,
         "BridgeNfIptables": False, "BridgeNfIp6tables": False,
@@ -149,6 +151,11 @@ def no_build(call: Call) -> Reply:
     raise Unsupported("building is not available yet", hint="build elsewhere, then `docker save IMAGE | ambi image load`")
 
 
+def prune_builds(call: Call) -> Reply:
+    """Nothing is kept of builds, and `docker system prune` asks for it last."""
+    return json_reply({"CachesDeleted": None, "SpaceReclaimed": 0})
+
+
 def _swarm_routes() -> tuple[Route, ...]:
     nouns = ("services", "tasks", "nodes", "secrets", "configs")
     whole = [Route("GET", f"/{noun}", no_swarm) for noun in (*nouns, "swarm")]
@@ -161,7 +168,7 @@ ROUTES = (
     Route("GET", "/info", info),
     Route("GET", "/system/df", disk_usage),
     Route("POST", "/build", no_build),
-    Route("POST", "/build/prune", no_build),
+    Route("POST", "/build/prune", prune_builds),
     Route("GET", "/plugins", no_plugins),
     Route("GET", "/plugins/{}/json", no_plugin),
     *_swarm_routes(),

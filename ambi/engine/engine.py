@@ -228,6 +228,10 @@ class Engine:
         """Raises Conflict when it does not run."""
         return Usage(**self._running(id).connection.call("usage", by=Deadline.after(_CALL_S)))
 
+    def traffic(self, id: str) -> dict[str, dict[str, int]]:
+        """rx_bytes, tx_packets, ... of each interface by its name; {} without a network of ours."""
+        return self.networks.counters(self._core.registry.find(id))
+
     def _running(self, id: str) -> Run:
         record = self._core.registry.find(id)
         run = record.run

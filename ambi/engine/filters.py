@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 
 from ambi.core.errors import InvalidRequest
+from ambi.engine import ports
 from ambi.engine.types import Instance
 
 Filters = Mapping[str, list[str]]
@@ -86,9 +87,29 @@ def _volume(instance: Instance, values: list[str]) -> bool:
 
 
 def _publish(instance: Instance, values: list[str]) -> bool:
-    """By the port of the host; without a protocol by any."""
-    found = {f"{port.host_port}/{port.protocol}" for port in instance.net.ports}
-    return any(value in found or any(text.partition("/")[0] == value for text in found) for value in values)
+    """By the port of the host."""
+    return _has_port(((port.host_port, port.protocol) for port in instance.net.ports), values)
+
+
+def _expose(instance: Instance, values: list[str]) -> bool:
+    """By the port of the instance, published or not."""
+    exposed = (text.partition("/") for text in ports.exposed(instance.spec))
+    return _has_port(((int(number), protocol) for number, _, protocol in exposed), values)
+
+
+def _has_port(found: Iterable[tuple[int, str]], values: list[str]) -> bool:
+    """Whether one of `found` is in one of the ranges `FIRST[-LAST][/PROTOCOL]`. Raises InvalidRequest."""
+    wanted = [_port_range(value) for value in values]
+    return any(first <= port <= last and protocol == kind for port, protocol in found for first, last, kind in wanted)
+
+
+def _port_range(value: str) -> tuple[int, int, str]:
+    numbers, _, protocol = value.partition("/")
+    first, _, last = numbers.partition("-")
+    try:
+        return int(first), int(last or first), protocol or "tcp"
+    except ValueError as error:
+        raise InvalidRequest(f"invalid port filter '{value}'", hint="for example 80, 53/udp or 8000-8100") from error
 
 
 _TESTS: dict[str, Callable[[Instance, list[str]], bool]] = {
@@ -103,9 +124,5 @@ _TESTS: dict[str, Callable[[Instance, list[str]], bool]] = {
     "network": _network,
     "volume": _volume,
     "publish": _publish,
-    "expose": lambda i, values: any(_port(v) in (i.spec.config.get("ExposedPorts") or {}) for v in values),
+    "expose": _expose,
 }
-
-
-def _port(value: str) -> str:
-    return value if "/" in value else f"{value}/tcp"

@@ -176,6 +176,18 @@ def test_stats_of_running_and_stopped() -> None:
         and shown["memory_stats"]["stats"]["inactive_file"] == 300
     )
     assert shown["cpu_stats"]["online_cpus"] >= 1 and shown["pids_stats"] == {"current": 2} and "networks" not in shown
+    counters = {f"{way}_{noun}": 7 for way in ("rx", "tx") for noun in ("bytes", "packets", "errors", "dropped", "length")}
+    busy = usage._replace(block_read_bytes=4096, block_write_bytes=512)
+    shown = stats.shape(running, stats.Sample(busy, 99, START, {"eth0": counters, "eth1": {}}), None)
+    assert [(row["op"], row["value"]) for row in shown["blkio_stats"]["io_service_bytes_recursive"]] == [
+        ("read", 4096),
+        ("write", 512),
+    ]
+    assert (
+        list(shown["networks"]) == ["eth0"]
+        and len(shown["networks"]["eth0"]) == 8
+        and shown["networks"]["eth0"]["rx_bytes"] == 7
+    )
     idle = stats.shape(instance(), stats.Sample(None, 1, START), None)
     assert idle["read"] == words.NEVER and idle["memory_stats"] == {} and idle["cpu_stats"]["cpu_usage"]["total_usage"] == 0
 

@@ -13,9 +13,11 @@ from ambi.core.roots import FORMAT, Roots
 from ambi.engine import daemon, filters, names, signals
 from ambi.engine.bus import EventBus
 from ambi.engine.mountpoints import Point
+from ambi.engine.netstate import NetState
 from ambi.engine.records import Record, Registry
 from ambi.engine.state import StateDb
 from ambi.engine.types import CreateSpec, Instance, State
+from ambi.network.model import Port
 from tests.unit.test_engine_state import row
 
 
@@ -52,7 +54,10 @@ def instance(**changes: object) -> Instance:
         isolation=Isolation.CONTAINER,
         image="debian",
         image_id="sha256:1",
-        spec=CreateSpec({"Labels": {"tier": "front"}}, {"NetworkMode": "none", "Binds": ["/src:/dst:ro"]}),
+        spec=CreateSpec(
+            {"Labels": {"tier": "front"}, "ExposedPorts": {"80": {}, "53/udp": {}}},
+            {"NetworkMode": "none", "Binds": ["/src:/dst:ro"]},
+        ),
         argv=("true",),
         created_ns=1,
         state=State(Status.EXITED, 0, 3, finished_ns=9),
@@ -61,6 +66,7 @@ def instance(**changes: object) -> Instance:
         data_dir=Path("/d"),
         run_dir=Path("/r"),
         log_path=None,
+        net=NetState(ports=(Port("tcp", "", 8080, 80, ()),)),
         mounts=(Point("bind", "/dst", "bind", "/src", shown="/src"),),
     )
     return made._replace(**changes)  # type: ignore[arg-type]
@@ -72,7 +78,9 @@ def instance(**changes: object) -> Instance:
         ("name", "^/web", "api"), ("name", "eb-1$", "^eb"), ("id", "aaaa", "bb"), ("label", "tier", "tie"),
         ("label", "tier=front", "tier=back"), ("status", "exited", "running"), ("exited", "3", "0"),
         ("network", "none", "host"), ("volume", "/dst", "/other"), ("isolation", "container", "vm"),
-        ("is-task", "false", "true"), ("health", "none", "healthy"),
+        ("is-task", "false", "true"), ("health", "none", "healthy"), ("expose", "70-90", "80/udp"),
+        ("expose", "53/udp", "53"),
+        ("publish", "8080", "80"), ("publish", "8000-9000/tcp", "8081-9000"),
     ],
 )  # fmt: skip
 def test_filters_of_instances(key: str, yes: str, no: str) -> None:
