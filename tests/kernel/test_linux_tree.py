@@ -163,7 +163,7 @@ def test_an_owner_and_a_time_at_their_limits(tmp_path: Path) -> None:
 
 
 def test_damaged_archives_are_answered(source: Path, tmp_path: Path) -> None:
-    """Some hundred archives with a few bytes changed, cut or doubled: each is unpacked or refused in words, below the root."""
+    """Some hundred archives with a few bytes changed, cut or doubled: each is unpacked below the root, or refused."""
     root, beside = tmp_path / "root", tmp_path / "beside"
     beside.mkdir()
     whole = tree(source, "export").out[:40_000] + archive(("../x", b"x"), ("a/../../y", b"y"))
