@@ -48,16 +48,19 @@ def load(store: Store, source: BinaryIO, progress: ProgressSink) -> list[Any]:
     """The images of the archive, in its order. Nothing is stored of one that is refused; those before it stay."""
     with Members() as members:
         split(store.content, source, members, progress)
-        if members.find(_DOCKER) is not None:
-            plans = _docker_plans(members)
-        elif members.find(_OCI) is not None:
-            plans = _oci_plans(members)
-        else:
-            raise InvalidRequest(
-                f"not an image archive: it has neither {_DOCKER} nor {_OCI}",
-                hint="a root file system is imported with `ambi image import FILE NAME`",
-            )
-        return [_store(store, plan, progress) for plan in plans]
+        return [store_plan(store, plan, progress) for plan in plans(members)]
+
+
+def plans(members: Members) -> list[Plan]:
+    """The images of an archive; Corrupt, Unsupported or InvalidRequest when it is none."""
+    if members.find(_DOCKER) is not None:
+        return [_as_stored(members, plan) for plan in _docker_plans(members)]
+    if members.find(_OCI) is not None:
+        return _oci_plans(members)
+    raise InvalidRequest(
+        f"not an image archive: it has neither {_DOCKER} nor {_OCI}",
+        hint="a root file system is imported with `ambi image import FILE NAME`",
+    )
 
 
 def check_diff_id(found: str, wanted: str, what: str) -> None:
@@ -73,6 +76,21 @@ def _docker_plans(members: Members) -> list[Plan]:
         return [_docker_plan(members, entry) for entry in entries]
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise Corrupt(f"{_DOCKER} of the image archive is damaged: {error}") from error
+
+
+def _as_stored(members: Members, plan: Plan) -> Plan:
+    """`plan` with the manifest that an OCI layout in the same archive has for it, so that its digest stays."""
+    if members.find(_OCI) is None:
+        return plan
+    index = parse_json(members.get(_OCI).read(), f"{_OCI} of the image archive")
+    wanted = [digest_of(plan.config), *(layer.digest for layer in plan.layers)]
+    for entry in _list(index, "manifests"):
+        data = _manifest(members, entry, 0)
+        body = parse_json(data, "manifest of the image archive") if data else {}
+        blobs = [body.get("config"), *(body.get("layers") or ())]
+        if data and [blob.get("digest") if isinstance(blob, dict) else None for blob in blobs] == wanted:
+            return plan._replace(manifest=data)
+    return plan
 
 
 def _docker_plan(members: Members, entry: dict[str, Any]) -> Plan:
@@ -171,7 +189,8 @@ def _plan(config: bytes, layers: tuple[Ingest, ...], names: tuple[reference.Refe
     return Plan(config, tuple(diff_ids), layers, names, stored)
 
 
-def _store(store: Store, plan: Plan, progress: ProgressSink) -> Any:
+def store_plan(store: Store, plan: Plan, progress: ProgressSink) -> Any:
+    """The image of `plan`, stored whole or not at all."""
     with store.hold(plan.diff_ids), _converted(store, plan, progress) as layers:
         return store.commit(plan.config, plan.manifest, layers, plan.names)
 

@@ -67,8 +67,10 @@ class _Turns:
 _TURNS = _Turns()  # a process has one store
 
 
-def pull(store: Store, wanted: Reference, credentials: Credentials, progress: ProgressSink) -> Pulled:
-    """Pull one image and give it its names: `wanted`, and the digest of what it is in the registry.
+def pull(
+    store: Store, wanted: Reference, credentials: Credentials, progress: ProgressSink, *, called: Reference | None = None
+) -> Pulled:
+    """Pull one image and give it its names: `wanted` or `called`, and the digest of what it is in the registry.
 
     Raises NotFound in Docker's words, Unavailable, Corrupt, Unsupported, StorageFull, Forbidden.
     """
@@ -77,7 +79,7 @@ def pull(store: Store, wanted: Reference, credentials: Credentials, progress: Pr
     for base in (*known.mirrors.get(wanted.domain, ()), ""):
         repository = Repository(wanted, known, credentials, base=base)
         try:
-            return _Pull(store, repository, progress).run()
+            return _Pull(store, repository, progress, called).run()
         except (NotFound, Unavailable) as error:
             failed = error
         finally:
@@ -113,11 +115,38 @@ def log_in(domain: str, credentials: Credentials, settings: Settings | None = No
         repository.close()
 
 
+def choose(repository: Repository, found: Document, depth: int = 0) -> Document:
+    """The manifest for linux/amd64 that `found` is or leads to."""
+    entries = found.body.get("manifests")
+    if entries is None:
+        return found
+    name = f"index {found.digest} of {repository.name}"
+    if depth > 2 or not isinstance(entries, list):
+        raise Corrupt(f"{name} is damaged: its list of manifests is none, or is nested too deeply")
+    offered: list[str] = []
+    for entry in entries:
+        platform = entry.get("platform") if isinstance(entry, dict) else None
+        if not isinstance(platform, dict) or _ATTESTATION in (entry.get("annotations") or {}):
+            continue
+        system, machine = platform.get("os"), platform.get("architecture")
+        if (system, machine) == ("linux", "amd64"):
+            below = descriptor(entry, name)
+            return choose(repository, repository.manifest(below.digest), depth + 1)
+        offered.append(f"{system}/{machine}"[:40])
+    shown = ", ".join(sorted(set(offered))[:8]) or "none"
+    raise NotFound(
+        f"no matching manifest for linux/amd64 in the manifest list entries of {repository.reference.familiar}",
+        hint=f"it is there for: {shown}",
+    )
+
+
 class _Pull:
     """One image from one repository."""
 
-    def __init__(self, store: Store, repository: Repository, progress: ProgressSink) -> None:
-        self._store, self._repository = store, repository
+    def __init__(
+        self, store: Store, repository: Repository, progress: ProgressSink, called: Reference | None = None
+    ) -> None:
+        self._store, self._repository, self._called = store, repository, called
         self._wanted = repository.reference
         self._telling = threading.Lock()
         self._progress = progress
@@ -135,7 +164,7 @@ class _Pull:
         top = self._repository.manifest(wanted.digest or wanted.tag)
         self._tell(wanted.digest or wanted.tag, f"Pulling from {wanted.path}")
         with _TURNS.turn(f"{wanted.domain}/{wanted.path}@{top.digest}"):
-            found = self._choose(top, 0)
+            found = choose(self._repository, top)
             config_descriptor = descriptor(found.body.get("config"), f"manifest {found.digest} of {self._repository.name}")
             before = self._already(config_descriptor.digest)
             if before is not None and before.manifest == found.digest:
@@ -151,40 +180,19 @@ class _Pull:
 
     def _named(self, image: Image, digest: str) -> Pulled:
         """The store has it: only names can be new."""
-        new = self._wanted.tag != "" and self._wanted.familiar not in image.names
+        name = self._called or self._wanted
+        new = name.tag != "" and name.familiar not in image.names
         self._store.set_names(image, self._names(digest))
         return Pulled(self._store.resolve(image.id), digest, new)
 
     def _names(self, digest: str) -> list[Reference]:
         plain = self._wanted._replace(tag="", digest="")
+        if self._called is not None:
+            return [self._called, plain._replace(digest=digest)]
         tagged = [plain._replace(tag=self._wanted.tag)] if self._wanted.tag and not self._wanted.digest else []
         return [*tagged, plain._replace(digest=digest)]
 
     # Documents
-
-    def _choose(self, found: Document, depth: int) -> Document:
-        """The manifest for linux/amd64 that `found` is or leads to."""
-        entries = found.body.get("manifests")
-        if entries is None:
-            return found
-        name = f"index {found.digest} of {self._repository.name}"
-        if depth > 2 or not isinstance(entries, list):
-            raise Corrupt(f"{name} is damaged: its list of manifests is none, or is nested too deeply")
-        offered: list[str] = []
-        for entry in entries:
-            platform = entry.get("platform") if isinstance(entry, dict) else None
-            if not isinstance(platform, dict) or _ATTESTATION in (entry.get("annotations") or {}):
-                continue
-            system, machine = platform.get("os"), platform.get("architecture")
-            if (system, machine) == ("linux", "amd64"):
-                below = descriptor(entry, name)
-                return self._choose(self._repository.manifest(below.digest), depth + 1)
-            offered.append(f"{system}/{machine}"[:40])
-        shown = ", ".join(sorted(set(offered))[:8]) or "none"
-        raise NotFound(
-            f"no matching manifest for linux/amd64 in the manifest list entries of {self._wanted.familiar}",
-            hint=f"it is there for: {shown}",
-        )
 
     def _layers_of(self, found: Document, config: bytes) -> list[tuple[Descriptor, str]]:
         """Each layer's descriptor with its diff ID, the lowest first."""

@@ -54,8 +54,7 @@ def _write(store: Store, images: Sequence[tuple[Image, list[reference.Reference]
     docker: list[dict[str, Any]] = []
     entries: list[dict[str, Any]] = []
     written: set[str] = set()
-    for directory in ("blobs", "blobs/sha256"):
-        archive.addfile(_member(directory, 0, tarfile.DIRTYPE))
+    directories(archive)
     for image, tags in images:
         size = _blob(store, archive, image.manifest, written)
         with os.fdopen(store.content.open(image.manifest), "rb") as file:
@@ -64,28 +63,46 @@ def _write(store: Store, images: Sequence[tuple[Image, list[reference.Reference]
         for digest in (image.id, *layers):
             _blob(store, archive, digest, written)
         kind = body.get("mediaType") or manifest.MANIFEST
-        entry = {"mediaType": kind, "digest": image.manifest, "size": size}
-        entries += [{**entry, "annotations": {_NAME: tag.canonical, _TAG: tag.tag}} for tag in tags] or [entry]
-        docker.append({
-            "Config": _path(image.id),
-            "RepoTags": [tag.familiar for tag in tags] or None,
-            "Layers": [_path(digest) for digest in layers],
-        })  # fmt: skip
+        entries += oci_entries({"mediaType": kind, "digest": image.manifest, "size": size}, tags)
+        docker.append(docker_entry(image.id, tags, layers))
+    contents(archive, entries, docker)
+
+
+def oci_entries(entry: dict[str, Any], tags: Sequence[reference.Reference]) -> list[dict[str, Any]]:
+    """The descriptor of a manifest in `index.json`, once for each name."""
+    return [{**entry, "annotations": {_NAME: tag.canonical, _TAG: tag.tag}} for tag in tags] or [entry]
+
+
+def docker_entry(config: str, tags: Sequence[reference.Reference], layers: Sequence[str]) -> dict[str, Any]:
+    """An image in `manifest.json`."""
+    return {
+        "Config": path(config),
+        "RepoTags": [tag.familiar for tag in tags] or None,
+        "Layers": [path(digest) for digest in layers],
+    }
+
+
+def directories(archive: tarfile.TarFile) -> None:
+    for directory in ("blobs", "blobs/sha256"):
+        archive.addfile(member(directory, 0, tarfile.DIRTYPE))
+
+
+def contents(archive: tarfile.TarFile, entries: Sequence[dict[str, Any]], docker: Sequence[dict[str, Any]]) -> None:
+    """The lists of what the archive has, an OCI tool's and docker's."""
     index = {"schemaVersion": 2, "mediaType": manifest.INDEX, "manifests": entries}
-    _text(archive, "index.json", index)
-    _text(archive, "manifest.json", docker)
-    _text(archive, "oci-layout", {"imageLayoutVersion": "1.0.0"})
+    for name, body in (("index.json", index), ("manifest.json", docker), ("oci-layout", {"imageLayoutVersion": "1.0.0"})):
+        text(archive, name, json.dumps(body, separators=(",", ":")).encode())
 
 
-def _path(digest: str) -> str:
+def path(digest: str) -> str:
     return f"blobs/sha256/{digest.removeprefix('sha256:')}"
 
 
-def _member(name: str, size: int, kind: bytes = tarfile.REGTYPE) -> tarfile.TarInfo:
-    member = tarfile.TarInfo(name)
-    member.type, member.size = kind, size
-    member.mode = 0o755 if kind == tarfile.DIRTYPE else 0o644
-    return member
+def member(name: str, size: int, kind: bytes = tarfile.REGTYPE) -> tarfile.TarInfo:
+    found = tarfile.TarInfo(name)
+    found.type, found.size = kind, size
+    found.mode = 0o755 if kind == tarfile.DIRTYPE else 0o644
+    return found
 
 
 def _blob(store: Store, archive: tarfile.TarFile, digest: str, written: set[str]) -> int:
@@ -94,10 +111,10 @@ def _blob(store: Store, archive: tarfile.TarFile, digest: str, written: set[str]
         size = os.fstat(file.fileno()).st_size
         if digest not in written:
             written.add(digest)
-            archive.addfile(_member(_path(digest), size), file)
+            archive.addfile(member(path(digest), size), file)
     return size
 
 
-def _text(archive: tarfile.TarFile, name: str, body: object) -> None:
-    data = json.dumps(body, separators=(",", ":")).encode()
-    archive.addfile(_member(name, len(data)), io.BytesIO(data))
+def text(archive: tarfile.TarFile, name: str, data: bytes) -> None:
+    """A small member."""
+    archive.addfile(member(name, len(data)), io.BytesIO(data))

@@ -5,6 +5,7 @@ POST /ambi/engine/stop                              204; the engine ends, instan
 GET  /ambi/doctor                                   [{name, status: ok|warning|problem, detail, hint}]
 POST /ambi/images/bootstrap?suite=&name=&packages=  progress; the last line is {"status": image id}
 POST /ambi/images/verify?repair=                    progress, and {"finding": {kind, name, problem, images, repaired, hint}}
+POST /ambi/images/copy?from=&to=                    an archive is the body or the answer; see `images.copy`
 """
 
 from __future__ import annotations

@@ -70,6 +70,30 @@ def save(call: Call) -> None:
         archive.stream.end()
 
 
+def copy(call: Call) -> None:
+    """`from` and `to` in the words of `images.copy`; an archive comes as the body, or goes out as the answer."""
+    query = call.query
+    source, target = query.text("from"), query.text("to")
+    if not source or not target:
+        raise InvalidRequest("from and to must name the places to copy between", hint="ambi image copy SOURCE TARGET")
+    images, credentials = call.engine.images, _by_domain(call)
+    upload = io.BufferedReader(call.request.body, 1 << 20) if _is_archive(source) else None
+    if _is_archive(target):
+        archive = _Archive(call)
+        with io.BufferedWriter(archive, 1 << 20) as download:
+            images.copy(source, target, credentials=credentials, upload=upload, download=download)
+        if archive.stream is not None:
+            archive.stream.end()
+        return
+    with ProgressStream(call) as progress:
+        copied = images.copy(source, target, credentials=credentials, upload=upload, progress=progress)
+        progress.line({"status": f"Digest: {copied.digest}"})
+
+
+def _is_archive(text: str) -> bool:
+    return text.startswith(("docker-archive:", "oci-archive:"))
+
+
 def log_in(call: Call) -> Reply:
     """`docker login`: see whether the registry takes the credentials. Nothing is kept here."""
     body = call.json_body()
@@ -102,13 +126,27 @@ def joined(repository: str, tag: str) -> str:
 
 
 def _credentials(call: Call) -> Any:
-    """X-Registry-Auth: base64url of JSON. One that cannot be read counts as none, as with Docker."""
-    text = call.request.headers.get("x-registry-auth", "")[:_AUTH_BYTES]
+    return _of_fields(_header(call, "x-registry-auth"))
+
+
+def _by_domain(call: Call) -> dict[str, Any]:
+    """X-Registry-Config, as Docker's build has it: what X-Registry-Auth holds, for each domain."""
+    found = _header(call, "x-registry-config")
+    return {
+        "docker.io" if key in _DOCKER_HUB else key: _of_fields(fields)
+        for key, fields in found.items()
+        if isinstance(fields, dict)
+    }
+
+
+def _header(call: Call, name: str) -> dict[str, Any]:
+    """base64url of JSON. What cannot be read counts as none, as with Docker."""
+    text = call.request.headers.get(name, "")[:_AUTH_BYTES]
     try:
         body = json.loads(base64.urlsafe_b64decode(text + "=" * (-len(text) % 4))) if text else {}
     except (ValueError, RecursionError):
         body = {}
-    return _of_fields(body if isinstance(body, dict) else {})
+    return body if isinstance(body, dict) else {}
 
 
 def _of_fields(body: dict[str, Any]) -> Any:
@@ -126,6 +164,7 @@ def _of_fields(body: dict[str, Any]) -> Any:
 
 
 ROUTES = (
+    Route("POST", "/ambi/images/copy", copy),
     Route("POST", "/auth", log_in),
     Route("GET", "/distribution/{}/json", describe),
     Route("GET", "/images/get", save),

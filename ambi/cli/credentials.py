@@ -12,6 +12,7 @@ import base64
 import json
 import os
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +33,22 @@ def key_of(domain: str) -> str:
 
 def header(image: str) -> str:
     """X-Registry-Auth for the registry of `image`; empty credentials when nobody has logged in there."""
+    return _encoded(find(key_of(domain_of(image))))
+
+
+def headers(images: Iterable[str]) -> str:
+    """X-Registry-Config for the registries of `images`."""
+    return _encoded({domain: find(key_of(domain)) for domain in {domain_of(image) or "docker.io" for image in images}})
+
+
+def domain_of(image: str) -> str:
+    """The registry in the name of an image; "" for Docker Hub."""
     first, slash, _ = image.partition("/")
-    domain = first if slash and (any(c in first for c in ".:") or first == "localhost") else ""
-    return base64.urlsafe_b64encode(json.dumps(find(key_of(domain))).encode()).decode()
+    return first if slash and (any(c in first for c in ".:") or first == "localhost") else ""
+
+
+def _encoded(body: object) -> str:
+    return base64.urlsafe_b64encode(json.dumps(body).encode()).decode()
 
 
 def find(key: str) -> dict[str, str]:

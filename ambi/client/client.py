@@ -178,7 +178,7 @@ class Client:
         fields: more of its header, `x_registry_auth="..."`.
         """
         headers = [("Content-Length", "0")] if method == "POST" else []
-        headers += [(name.replace("_", "-"), value) for name, value in fields.items()]
+        headers += _header(fields)
         connection, response = self._apart(lambda it: it.send(method, _target(path, query), headers))
         self._streams.append(connection)
         return response
@@ -196,13 +196,20 @@ class Client:
         return response.headers
 
     def upload(
-        self, path: str, query: Query, source: BinaryIO, uploaded: Uploaded = lambda _: None, *, method: str = "POST"
+        self,
+        path: str,
+        query: Query,
+        source: BinaryIO,
+        uploaded: Uploaded = lambda _: None,
+        *,
+        method: str = "POST",
+        **fields: str,
     ) -> Response:
         """POST (or `method`) `source` to its end while the answer is read, so that neither side waits for the other.
 
-        uploaded: called from another thread with the number of bytes sent so far.
+        uploaded: called from another thread with the number of bytes sent so far. fields: as of `stream`.
         """
-        headers = [("Content-Type", "application/x-tar"), ("Transfer-Encoding", "chunked")]
+        headers = [("Content-Type", "application/x-tar"), ("Transfer-Encoding", "chunked"), *_header(fields)]
 
         def begin(it: Connection) -> None:
             it.send(method, _target(path, query), headers)
@@ -275,6 +282,10 @@ class Client:
             return Connection(self.roots.socket)
         except OSError as error:
             raise errors.from_os_error(f"cannot use the engine at {self.roots.socket}", error) from error
+
+
+def _header(fields: dict[str, str]) -> list[tuple[str, str]]:
+    return [(name.replace("_", "-"), value) for name, value in fields.items()]
 
 
 def _target(path: str, query: Query | None) -> str:

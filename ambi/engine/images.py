@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, BinaryIO
 
 from ambi.core.errors import AmbiError, NotFound
@@ -10,6 +10,7 @@ from ambi.core.events import ProgressSink, ignore
 from ambi.engine.core import Core
 
 if TYPE_CHECKING:
+    from images.copy import Copied
     from images.pull import Pulled
     from images.push import Pushed
     from images.registry.client import Document
@@ -99,6 +100,32 @@ class ImageService:
         self._store.save(names, target)
         for name in names:
             self._event("save", self._store.resolve(name).id, name)
+
+    def copy(
+        self,
+        source: str,
+        target: str,
+        *,
+        credentials: Mapping[str, Credentials],
+        upload: BinaryIO | None = None,
+        download: BinaryIO | None = None,
+        progress: ProgressSink = ignore,
+    ) -> Copied:
+        """One image between registries, archives and the store; see `images.copy`."""
+        from images import copy
+
+        copied = copy.copy(
+            self._store,
+            source,
+            target,
+            credentials=credentials,
+            upload=upload,
+            download=download,
+            progress=progress,
+        )
+        if copied.image is not None:
+            self._event("tag", copied.image.id, target)
+        return copied
 
     def describe(self, name: str, credentials: Credentials) -> Document:
         """The manifest or index that a registry has under `name`."""

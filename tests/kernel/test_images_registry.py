@@ -17,7 +17,8 @@ from pathlib import Path
 
 import pytest
 
-from ambi.core.errors import AmbiError, Conflict, Corrupt, Forbidden, NotFound, Unavailable, Unsupported
+from ambi.core.errors import AmbiError, Conflict, Corrupt, Forbidden, InvalidRequest, NotFound, Unavailable, Unsupported
+from images import copy
 from images.registry.settings import Credentials
 from images.store import Image, Store
 from tests.layerkit import directory, member, tar_bytes
@@ -449,3 +450,73 @@ def test_saved_archives_load(store: Store, other: Store, short_tmp: Path) -> Non
         assert json.loads(done.stdout)["rootfs"]["diff_ids"] == list(store.resolve(first).layers)
     with pytest.raises(NotFound):
         store.save(["nothing:here"], io.BytesIO())
+
+
+# Copies
+
+
+def test_copies_between_places(store: Store, other: Store, registry: FaultyRegistry, short_tmp: Path) -> None:
+    """Registry to registry, into and out of an archive, and to the store: the same manifest everywhere, nothing left."""
+    manifest = registry.add_image([layer(1), layer(2)])
+    digest = "sha256:" + hashlib.sha256(json.dumps(manifest).encode()).hexdigest()
+    source = f"docker://{registry.address}/app:1"
+    before = contents(store)
+    with docker_registry(short_tmp / "registry") as address:
+        told: list[str] = []
+        there = f"docker://{address}/one/app:1"
+        assert (
+            copy.copy(store, source, there, credentials={}, progress=lambda step: told.append(step.status)).digest == digest
+        )
+        assert told.count("Copied") == 3 and contents(store) == before
+        told.clear()
+        again = f"docker://{address}/two/app:1"
+        copy.copy(store, there, again, credentials={}, progress=lambda step: told.append(step.status))
+        assert told == ["Mounted from one/app"] * 3
+        archive = io.BytesIO()
+        copy.copy(store, again, "oci-archive:box:9", credentials={}, download=archive)
+        assert contents(store) == before
+        into = copy.copy(other, "oci-archive:", "here:1", credentials={}, upload=io.BytesIO(archive.getvalue()))
+        assert into.image is not None and (into.image.names, into.image.manifest) == (("here:1",), digest)
+        copy.copy(other, "here:1", f"docker://{address}/three/app:1", credentials={})
+        third = f"docker://{address}/four/app:1"
+        copy.copy(store, "docker-archive:box:9", third, credentials={}, upload=io.BytesIO(archive.getvalue()))
+        for name in ("three/app", "four/app"):
+            assert store.pull(f"{address}/{name}:1").image.manifest == digest
+        pulled = copy.copy(other, there, "fresh:1", credentials={})
+        assert pulled.image is not None and set(pulled.image.names) == {"here:1", "fresh:1"}
+        (short_tmp / "a.tar").write_bytes(archive.getvalue())
+        for kind in ("docker-archive", "oci-archive"):
+            done = subprocess.run(
+                ["skopeo", "inspect", f"{kind}:{short_tmp}/a.tar"], capture_output=True, text=True, check=False
+            )
+            assert done.returncode == 0, done.stderr
+
+
+def test_refused_copies_leave_nothing(store: Store, registry: FaultyRegistry, short_tmp: Path) -> None:
+    manifest = registry.add_image([layer(1)])
+    blob = manifest["layers"][0]["digest"]
+    registry.blobs[blob] = registry.blobs[blob][:-1] + b"x"
+    before = contents(store)
+    with docker_registry(short_tmp / "registry") as address:
+        target = f"docker://{address}/app:1"
+        with pytest.raises(Corrupt, match=f"blob {blob} of {registry.address}/app is damaged"):
+            copy.copy(store, f"docker://{registry.address}/app:1", target, credentials={})
+        with pytest.raises(Corrupt, match=f"blob {blob} of"):
+            copy.copy(store, f"docker://{registry.address}/app:1", "oci-archive:", credentials={}, download=io.BytesIO())
+        with pytest.raises(NotFound, match="manifest unknown"):
+            store.pull(f"{address}/app:1")
+        with pytest.raises(NotFound, match="No such image: nothing:here"):
+            copy.copy(store, "nothing:here", target, credentials={})
+        with pytest.raises(InvalidRequest, match="not an image archive"):
+            copy.copy(store, "oci-archive:", target, credentials={}, upload=io.BytesIO(tar_bytes(member("f", b""))))
+    with pytest.raises(InvalidRequest, match="the transport dir is not known"):
+        copy.copy(store, "dir:/tmp/x", "a:1", credentials={})
+    two = io.BytesIO()
+    imported(store, "box:1", "a"), imported(store, "box:2", "b")
+    store.save(["box"], two)
+    with pytest.raises(InvalidRequest, match="the archive has 2 images, one can be copied"):
+        copy.copy(store, "docker-archive:", "c:1", credentials={}, upload=io.BytesIO(two.getvalue()))
+    with pytest.raises(NotFound, match="the archive has no image box:3"):
+        copy.copy(store, "docker-archive:box:3", "c:1", credentials={}, upload=io.BytesIO(two.getvalue()))
+    assert sorted(name for image in store.list() for name in image.names) == ["box:1", "box:2"]
+    assert before == set() and not list((store.root / "ingest").iterdir())

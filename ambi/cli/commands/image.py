@@ -14,7 +14,7 @@ import click
 from ambi.cli import complete, flags, humanize
 from ambi.cli.app import App, DockerCommand, ExitWith, each, pass_app
 from ambi.cli.commands.inspect import show
-from ambi.cli.commands.registry import pull, push, save
+from ambi.cli.commands.registry import copy, pull, push, save
 from ambi.cli.filters import filter_query
 from ambi.cli.names import image_names, looked_up, on
 from ambi.cli.output import one_line
@@ -56,7 +56,7 @@ def image() -> None:
     """Manage images."""
 
 
-for command in (pull, push, save):
+for command in (copy, pull, push, save):
     image.add_command(command)
 
 

@@ -1,4 +1,4 @@
-"""Images from and to registries and archives: pull, push, save, login, logout."""
+"""Images from and to registries and archives: pull, push, copy, save, login, logout."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, BinaryIO
 
 import click
@@ -88,7 +89,9 @@ def _follow(response: Any, bar: Bar, verb: str) -> list[str]:
         unit, status = str(entry.get("id") or ""), one_line(str(entry.get("status") or ""))
         if not unit and status:
             said.append(status)
-        elif status in ("Pull complete", "Already exists", "Pushed", "Layer already exists") or status.startswith("Mounted"):
+        elif status in ("Pull complete", "Already exists", "Pushed", "Copied", "Layer already exists") or status.startswith(
+            "Mounted"
+        ):
             done.add(unit)
         elif unit and not status.startswith("Pulling from"):
             detail = entry.get("progressDetail") or {}
@@ -99,6 +102,64 @@ def _follow(response: Any, bar: Bar, verb: str) -> list[str]:
             f"{verb} {len(done)} of {count} layers", sum(x for x, _ in layers.values()), sum(x for _, x in layers.values())
         )
     return said
+
+
+@click.command("copy", cls=DockerCommand)
+@flags.switch("-q", "--quiet", help="Print nothing.")
+@click.argument("source", shell_complete=complete.images)
+@click.argument("target")
+@pass_app
+def copy(app: App, source: str, target: str, quiet: bool) -> None:
+    """Copy an image between registries, archives and the store.
+
+    SOURCE and TARGET are docker://HOST/NAME for a registry, docker-archive:FILE[:NAME] or oci-archive:FILE[:NAME] for an
+    archive (FILE is - for a pipe), or the name of an image here. Nothing is unpacked.
+    """
+    (start, read), (goal, write) = _of_archive(source), _of_archive(target)
+    query = {"from": start, "to": goal}
+    if write and read:
+        raise InvalidRequest("one archive is not copied to another", hint=f"load it first: ambi image copy {source} NAME")
+    names = [text.removeprefix("docker://") for text in (source, target) if text.startswith("docker://")]
+    fields = {"x_registry_config": credentials.headers(names)} if names else {}
+    if write:
+        write_to(None if write == "-" else write, "image copy", lambda: app.client.stream("POST", _COPY, query, **fields))
+        return
+    with _readable(read) as file, Bar() as bar:
+        if file is not None:
+            response = app.client.upload(_COPY, query, file, lambda sent: bar.tell("Sending", sent), **fields)
+        else:
+            response = app.client.stream("POST", _COPY, query, **fields)
+        said = _follow(response, bar, "Copying")
+    if not quiet:
+        click.echo("\n".join(said))
+
+
+_COPY = "/ambi/images/copy"
+
+
+def _of_archive(text: str) -> tuple[str, str]:
+    """What the engine is told of a place, and the file when it is an archive: `docker-archive:FILE[:NAME]`."""
+    transport, _, rest = text.partition(":")
+    if transport not in ("docker-archive", "oci-archive"):
+        return text, ""
+    file, _, name = rest.partition(":")
+    if not file:
+        raise InvalidRequest(f"'{text}' names no file", hint=f"{transport}:FILE")
+    return f"{transport}:{name}", file
+
+
+@contextmanager
+def _readable(file: str) -> Iterator[BinaryIO | None]:
+    """The archive to send, or None when there is none."""
+    if file in ("", "-"):
+        yield sys.stdin.buffer if file else None
+        return
+    try:
+        source = open(file, "rb")  # noqa: SIM115
+    except OSError as error:
+        raise from_os_error("cannot read the archive", error) from error
+    with source:
+        yield source
 
 
 @click.command("save", cls=DockerCommand)
