@@ -15,7 +15,7 @@ from ambi.core.model import Isolation
 from ambi.core.plan import LaunchPlan
 from ambi.core.undo import Undo
 from ambi.linux import paths, process
-from runtime import cgroups, devices, features, filters, init, rootfs, spawn, tree, validate
+from runtime import cgroups, devices, features, filters, init, mounts, rootfs, spawn, tree, validate
 from runtime.cgroups.v1 import Group, V1Group
 from runtime.container import (
     Container,
@@ -40,6 +40,7 @@ class ContainerDriver:
 
     def __init__(self) -> None:
         self._starter: Starter | None = None
+        self._host_mounts: int | None = None
         filters.warm()  # the zygote makes a driver before it forks shims, which inherit the program
 
     def probe(self) -> Features:
@@ -47,6 +48,10 @@ class ContainerDriver:
 
     def check(self, plan: LaunchPlan) -> list[Problem]:
         return validate.problems_of(plan)
+
+    def use_host_mounts(self, namespace: int) -> None:
+        """Where mounts of propagation `shared` are copied from: a descriptor of the mount namespace of the host."""
+        self._host_mounts = namespace
 
     def park(self, run_dir: Path) -> None:
         """Make a starter ahead of the job, where that saves anything (cgroup version 1). See runtime/park.py.
@@ -116,6 +121,9 @@ class ContainerDriver:
     ) -> tuple[spawn.Channel, int, int]:  # fmt: skip
         """Start the child that will be init: (our end of the channel, pid, pidfd)."""
         joined = open_namespaces(plan.config)
+        if self._host_mounts is not None and mounts.needs_host(plan.config.get("mounts") or []):
+            joined.append((init.HOST_MOUNTS, os.dup(self._host_mounts)))
+            job = job._replace(joined=[*job.joined, init.HOST_MOUNTS])
         theirs = stdio.theirs if stdio else []
         cgroup = group.born_in() if starter is None else None
         try:

@@ -14,7 +14,7 @@ import stat
 from typing import Any, NamedTuple
 
 from ambi.core.errors import InvalidRequest, NotFound, Unsupported, from_os_error
-from ambi.linux import mount, paths
+from ambi.linux import mount, paths, process
 from runtime import copyup
 
 _FLAGS = {  # option -> (attributes set, attributes cleared)
@@ -120,15 +120,22 @@ def _merge(set_now: int, clear_now: int, set_more: int, clear_more: int) -> tupl
     return set_now & ~clear_more | set_more, clear_now & ~set_more | clear_more
 
 
-def attach_all(root: int, mounts: list[Mount], cgroup_tree: list[tuple[str, str]]) -> None:
+def needs_host(mounts: list[dict[str, Any]]) -> bool:
+    """Whether one of the entries of `mounts` is a bind of something of the host."""
+    return any(entry.get("type") == "bind" or {"bind", "rbind"} & set(entry.get("options") or ()) for entry in mounts)
+
+
+def attach_all(root: int, mounts: list[Mount], cgroup_tree: list[tuple[str, str]], host: int | None = None) -> None:
     """Make `mounts` below `root` in order.
 
     cgroup_tree: what a mount of type cgroup shows on a version 1 host: (name below it, directory on the host).
+    host: the host's mount namespace, where binds are copied from. The shim's own shows what was mounted when its zygote
+    began, with what has come since only below shared mounts, and can share nothing with the host.
     """
     for entry in mounts:
         try:
             if entry.kind == "bind":
-                _bind(root, entry)
+                _bind(root, entry, host)
             elif entry.kind == "cgroup" and cgroup_tree:
                 _cgroup_v1(root, entry, cgroup_tree)
             else:
@@ -180,9 +187,11 @@ def _attach(made: int, target: int, entry: Mount) -> None:
         os.close(made)
 
 
-def _bind(root: int, entry: Mount) -> None:
-    made = _cloned(entry)
+def _bind(root: int, entry: Mount, host: int | None) -> None:
+    made = _cloned(entry) if host is None else _cloned_there(entry, host)
     try:
+        if host is not None and entry.propagation != mount.MS_SHARED:
+            mount.mount_setattr(made, propagation=mount.MS_SLAVE, recursive=True)
         if entry.copy:
             _copy_up(root, made, entry)
         if stat.S_ISDIR(os.fstat(made).st_mode):
@@ -227,6 +236,18 @@ def _cloned(entry: Mount) -> int:
         return mount.open_tree(found, "", flags)
     finally:
         os.close(found)
+
+
+def _cloned_there(entry: Mount, host: int) -> int:
+    own = os.open("/proc/self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        process.setns(host, process.CLONE_NEWNS)
+        try:
+            return _cloned(entry)
+        finally:
+            process.setns(own, process.CLONE_NEWNS)
+    finally:
+        os.close(own)
 
 
 def _copy_up(root: int, made: int, entry: Mount) -> None:

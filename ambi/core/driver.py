@@ -137,6 +137,13 @@ class Browsable(Protocol):
         """
 
 
+class Propagating(Protocol):
+    """Of a Driver whose workloads can share mounts with the host."""
+
+    def use_host_mounts(self, namespace: int) -> None:
+        """A descriptor of the host's mount namespace, for the next `create`; it stays the caller's."""
+
+
 class Problem(NamedTuple):
     """Why a plan cannot work here, and what to do."""
 

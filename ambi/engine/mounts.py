@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import posixpath
+import re
 from typing import TYPE_CHECKING
 
 from ambi.core.errors import InvalidRequest, from_os_error
@@ -219,6 +220,33 @@ def upgraded(row: Row) -> Row:
     if row.mounts or not (host.data.get("Binds") or host.data.get("Mounts")):
         return row
     return row._replace(mounts=tuple(point.stored() for point in parse(Body("Config", {}), host).points))
+
+
+def check_propagation(points: tuple[Point, ...]) -> None:
+    """A mount that shares with the host, or follows it, is of a mount of the host that others can share or follow."""
+    for point in points:
+        spread = point.propagation.removeprefix("r")
+        if point.kind != "bind" or spread not in ("shared", "slave"):
+            continue
+        place, fields = _mount_below(os.path.realpath(point.origin))
+        if not any(field.startswith("shared:") or (spread == "slave" and field.startswith("master:")) for field in fields):
+            kind = "a shared mount" if spread == "shared" else "a shared or slave mount"
+            raise InvalidRequest(
+                f"path {point.origin} is mounted on {place} but it is not {kind}", hint=f"mount --make-rshared {place}"
+            )
+
+
+def _mount_below(path: str) -> tuple[str, list[str]]:
+    """Where the mount that has `path` is, and its optional fields (proc(5), mountinfo)."""
+    best, found = "", []
+    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
+        for line in file:
+            words = line.split()
+            place = re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), words[4])
+            inside = path == place or path.startswith(place.rstrip("/") + "/")
+            if inside and len(place) >= len(best):
+                best, found = place, words[6 : words.index("-")]
+    return best, found
 
 
 def make_sources(points: tuple[Point, ...]) -> None:

@@ -138,7 +138,7 @@ class Volumes:
     def claimed(self, asked: Asked, isolation: Isolation) -> Iterator[tuple[Point, ...]]:
         """The mount points of an instance that is being made, by target. Its volumes stay until the end of the `with`.
 
-        Anonymous volumes made for it are removed when it fails.
+        Volumes made for it are removed when it fails.
         """
         points: dict[str, Point] = {point.target: point for point in self._inherited(asked)}
         own = (
@@ -179,16 +179,16 @@ class Volumes:
 
     def _point(self, ask: VolumeAsk, isolation: Isolation, names: list[str], made: list[str]) -> Point:
         with self._lock:
-            labels = ask.labels
-            volume = self.create(ask.name, ask.driver, ask.options, labels)
+            known = ask.name in self._volumes
+            volume = self.create(ask.name, ask.driver, ask.options, ask.labels)
             names.append(volume.name)
             self._claims[volume.name] += 1
-        if not ask.name:
+        if not known:
             made.append(volume.name)
         return local.point(self._core.roots.volumes, volume, ask, isolation)
 
     def drop(self, names: list[str]) -> None:
-        """Remove anonymous volumes with their instance; one that another instance uses stays."""
+        """Remove volumes with the instance that they were made for; one that another instance uses stays."""
         for name in names:
             try:
                 self.remove(name, force=True)
@@ -210,6 +210,7 @@ class Volumes:
                         hint=f"ambi stop {other.name}",
                     )
         mounts.make_sources(points)
+        mounts.check_propagation(points)
 
     def mounted(self, record: Record) -> None:
         for point in points_of(record.row.mounts):

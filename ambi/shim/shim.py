@@ -140,6 +140,7 @@ class Shim:
         if supervision.log is not None:
             self._log = LogWriter(str(supervision.log), supervision.log_max_bytes, supervision.log_max_files)
         driver = self._driver or drivers.load(plan.isolation.value)
+        getattr(driver, "use_host_mounts", lambda _: None)(self.spec.home)
         with Undo() as undo:
             created = driver.create(plan, undo, by, self.loop)
             undo.keep()
