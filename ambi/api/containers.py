@@ -137,16 +137,18 @@ def top(call: Call) -> Reply:
     return json_reply({"Titles": titles, "Processes": rows})
 
 
-_NOT_YET = {
-    "pause": "pausing a container",
-    "unpause": "pausing a container",
-    "update": "changing the limits of a container",
-}
+def pause(call: Call) -> Reply:
+    call.engine.pause(call.name)
+    return NO_CONTENT
 
 
-def refuse(call: Call) -> Reply:
-    verb = call.request.target.partition("?")[0].rpartition("/")[2]
-    raise Unsupported(f"{_NOT_YET[verb]} is not available yet", hint="`ambi --help` lists what is")
+def unpause(call: Call) -> Reply:
+    call.engine.unpause(call.name)
+    return NO_CONTENT
+
+
+def update(call: Call) -> Reply:
+    return json_reply({"Warnings": list(call.engine.update(call.name, call.json_body()))})
 
 
 ROUTES = (
@@ -162,7 +164,7 @@ ROUTES = (
     Route("POST", "/containers/{}/rename", rename),
     Route("POST", "/containers/{}/resize", resize),
     Route("DELETE", "/containers/{}", remove),
-    Route("POST", "/containers/{}/pause", refuse),
-    Route("POST", "/containers/{}/unpause", refuse),
-    Route("POST", "/containers/{}/update", refuse),
+    Route("POST", "/containers/{}/pause", pause),
+    Route("POST", "/containers/{}/unpause", unpause),
+    Route("POST", "/containers/{}/update", update),
 )

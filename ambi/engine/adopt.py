@@ -20,7 +20,7 @@ from pathlib import Path
 from ambi.core.errors import AmbiError, InvalidRequest, Unavailable
 from ambi.core.model import ExecId, ExitStatus, Status
 from ambi.core.plan import LaunchPlan
-from ambi.engine import lifecycle, mounts
+from ambi.engine import lifecycle, mounts, pausing
 from ambi.engine.core import KILLED_WITH_SHIM, OTHER_BOOT, Core
 from ambi.engine.create import RECORD_FILE, read_record
 from ambi.engine.records import ExecRecord, Record, Run
@@ -139,6 +139,7 @@ def _take_over(core: Core, record: Record, run: Run) -> None:
                 status=Status.RUNNING, pid=int(state["pid"]), exit_code=0, error="", finished_ns=0, started_ns=time.time_ns()
             )
             core.set_state(record, started)
+        pausing.found(core, record, Status(state["status"]))
         run.started = True
         for exec_id, about in (state.get("execs") or {}).items():
             item = record.execs.get(ExecId(exec_id))

@@ -18,7 +18,7 @@ from ambi.core.deadline import Deadline
 from ambi.core.errors import Conflict
 from ambi.core.model import ExecId, ExitStatus, InstanceId, Status, Usage
 from ambi.core.roots import Roots
-from ambi.engine import adopt, attach, commit, create, doctor, execs, lifecycle, logs, query, trees
+from ambi.engine import adopt, attach, commit, create, doctor, execs, lifecycle, logs, pausing, query, trees, update
 from ambi.engine.bus import EventStream
 from ambi.engine.core import Core
 from ambi.engine.filters import Filters
@@ -218,6 +218,21 @@ class Engine:
 
     def exec_resize(self, exec_id: str, rows: int, columns: int) -> None:
         execs.resize(self._core, exec_id, rows, columns)
+
+    def pause(self, id: str) -> None:
+        """Raises Conflict when it does not run or is paused, Unsupported."""
+        pausing.pause(self._core, id)
+
+    def unpause(self, id: str) -> None:
+        """Raises Conflict when it is not paused."""
+        pausing.unpause(self._core, id)
+
+    def update(self, id: str, changes: dict[str, Any]) -> Sequence[str]:
+        """Change limits and the restart policy, now and for later runs; returns warnings.
+
+        `changes`: fields of HostConfig. Raises InvalidRequest, Conflict (below what is in use), Unsupported (while it runs).
+        """
+        return update.update(self._core, id, changes)
 
     def top(self, id: str) -> tuple[dict[str, Any], ...]:
         """The shape of `ambi.core.driver.Created.processes`. Raises Conflict when it does not run."""

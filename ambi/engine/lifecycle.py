@@ -12,7 +12,7 @@ from ambi.core.deadline import Deadline
 from ambi.core.errors import AmbiError, Conflict, InvalidRequest, NotFound, NotModified, Unavailable, from_os_error
 from ambi.core.model import ExitStatus, Isolation, Status
 from ambi.core.plan import LAUNCH_FILE, Layers
-from ambi.engine import names, signals, spec
+from ambi.engine import names, pausing, signals, spec
 from ambi.engine.core import Core
 from ambi.engine.create import RECORD_FILE, UPPER, write_record, write_whole
 from ambi.engine.mountpoints import points_of
@@ -32,7 +32,10 @@ def start(core: Core, id: str) -> None:
     record = core.registry.find(id)
     with record.lock:
         check_present(record)
-        if record.state.running:
+        if record.state.status is Status.PAUSED:
+            hint = f"ambi unpause {record.name}"
+            raise Conflict("cannot start a paused container, try unpause instead", hint=hint)
+        if record.state.running or record.state.status is Status.RESTARTING:
             raise NotModified(f"container {record.id} is already running")
         _by_the_user(core, record)
         try:
@@ -55,9 +58,10 @@ def _by_the_user(core: Core, record: Record) -> None:
 
 def hold(core: Core, record: Record, held: bool) -> None:
     """Remember whether the user wants it stopped, before it is: a policy must not start it again."""
-    if record.row.held is not held:
-        record.row = record.row._replace(held=held)
-        core.db.set_held(record.id, held)
+    with core.mutex:
+        if record.row.held is not held:
+            record.row = record.row._replace(held=held)
+            core.db.set_held(record.id, held)
 
 
 def start_again(core: Core, record: Record) -> None:
@@ -197,12 +201,14 @@ def stop(core: Core, id: str, timeout_s: float | None, signal: str | None) -> No
     record = core.registry.find(id)
     number = signals.parse(signal) if signal else None
     with record.lock:
-        hold(core, record, True)
         with core.mutex:
             if core.restarts.call_off(record):
+                hold(core, record, True)
+                core.publish(record, "stop")
                 return
         if not record.state.running:
             raise NotModified(f"container {record.id} is not running")
+        hold(core, record, True)
         _stop(core, record, timeout_s, number)
 
 
@@ -213,7 +219,7 @@ def _stop(core: Core, record: Record, timeout_s: float | None, number: int | Non
         own = config.get("StopTimeout")
         timeout_s = DEFAULT_STOP_S if own is None else float(own)
     run = record.run
-    send(core, record, number or signals.parse(config.get("StopSignal") or "SIGTERM"))
+    send(core, record, number or _stop_signal(record))
     by = Deadline.never() if timeout_s < 0 else Deadline.after(timeout_s)
     if not core.wait_for(lambda: not record.state.running or record.run is not run, by):
         send(core, record, _KILL)
@@ -245,6 +251,12 @@ def send(core: Core, record: Record, number: int) -> None:
         run.connection.call("signal", signal=number, exec_id=None, by=soon())
     except (Conflict, Unavailable) as error:  # it has ended meanwhile
         log.info("%s: signal %d: %s", record.id[:12], number, error)
+    if number in (_KILL, _stop_signal(record)):
+        pausing.release(core, record, run)
+
+
+def _stop_signal(record: Record) -> int:
+    return signals.parse(record.row.spec.config.get("StopSignal") or "SIGTERM")
 
 
 def restart(core: Core, id: str, timeout_s: float | None, signal: str | None) -> None:
@@ -268,15 +280,16 @@ def kill(core: Core, id: str, signal: str | None) -> None:
     """Does not take the lock: a stop that waits must not keep a kill out."""
     record = core.registry.find(id)
     number = signals.parse(signal) if signal else _KILL
-    with core.mutex:
-        if core.restarts.call_off(record):
-            hold(core, record, True)
-            return
+    if record.state.status is Status.RESTARTING:
+        with record.lock, core.mutex:  # behind the restart, should it be under way
+            if core.restarts.call_off(record):
+                hold(core, record, True)
+                return
     if not record.state.running:
         hint = "`ambi ps` lists what runs"
         raise Conflict(f"Cannot kill container: {id}: Container {record.id} is not running", hint=hint)
     run = record.run
-    if number in (_KILL, signals.parse(record.row.spec.config.get("StopSignal") or "SIGTERM")):
+    if number in (_KILL, _stop_signal(record)):
         hold(core, record, True)
     send(core, record, number)
     if number == _KILL:
@@ -303,7 +316,8 @@ def rename(core: Core, id: str, name: str) -> None:
         except OSError as error:
             core.registry.release(new)
             raise from_os_error(f"cannot rename container {record.id}", error) from error
-        record.row = row
+        with core.mutex:
+            record.row = record.row._replace(name=new)
         core.registry.release(old)
         core.publish(record, "rename", oldName=f"/{old}")
 
@@ -311,18 +325,26 @@ def rename(core: Core, id: str, name: str) -> None:
 def remove(core: Core, id: str, force: bool, *, volumes: bool = False) -> None:
     record = core.registry.find(id)
     if force:
-        with core.mutex:
-            core.restarts.call_off(record)
-    if force and record.state.running:
-        hold(core, record, True)
-        run = record.run
-        send(core, record, _KILL)  # before the lock, which a stop may hold for long
-        _wait_killed(core, record, run)
+        _end_by_force(core, record)  # before the lock, which a stop may hold for long
     if record.removing:
         raise Conflict(f"removal of container {record.id} is already in progress")
     with record.lock:
         core.registry.find(record.id)  # it may be gone since
+        if force:  # a restart was under way
+            _end_by_force(core, record)
         _remove(core, record, volumes=volumes)
+
+
+def _end_by_force(core: Core, record: Record) -> None:
+    if record.state.status is Status.RESTARTING:
+        hold(core, record, True)
+        with core.mutex:
+            core.restarts.call_off(record)
+    if record.state.running:
+        hold(core, record, True)
+        run = record.run
+        send(core, record, _KILL)
+        _wait_killed(core, record, run)
 
 
 def _remove(core: Core, record: Record, *, volumes: bool) -> None:
@@ -330,16 +352,12 @@ def _remove(core: Core, record: Record, *, volumes: bool) -> None:
     with core.mutex:
         if record.removing:
             raise Conflict(f"removal of container {record.id} is already in progress")
-        if record.state.status is Status.RESTARTING:
+        if record.state.running or record.state.status is Status.RESTARTING:
+            paused = record.state.status is Status.PAUSED
+            procedure = "Unpause and then stop" if paused else "Stop"
             raise Conflict(
-                f"You cannot remove a restarting container {record.id}. Stop the container before attempting removal or"
-                " force remove",
-                hint=f"ambi stop {record.name}, or ambi rm -f {record.name}",
-            )
-        if record.state.running:
-            raise Conflict(
-                f"You cannot remove a running container {record.id}. Stop the container before attempting removal or"
-                " force remove",
+                f"You cannot remove a {record.state.status.value} container {record.id}. {procedure} the container before"
+                " attempting removal or force remove",
                 hint=f"ambi stop {record.name}, or ambi rm -f {record.name}",
             )
         record.removing = True

@@ -64,14 +64,24 @@ def isolation_of(host: Body) -> Isolation:
 
 def check(spec: CreateSpec) -> list[str]:
     """Refuse what does not work. Returns warnings."""
-    config, host = Body("Config", spec.config), Body("HostConfig", spec.host)
+    isolation = check_host(spec)
+    _check_config(Body("Config", spec.config))
+    endpoints.check(spec, isolation)
+    ports.exposed(spec)
+    ports.wanted(spec)
+    return []
+
+
+def check_host(spec: CreateSpec) -> Isolation:
+    """Refuse what does not work in HostConfig alone. Returns what the instance runs in."""
+    host = Body("HostConfig", spec.host)
     isolation = isolation_of(host)
     for key, value in host.data.items():
-        if not value or value in _NEUTRAL.get(key, ()) or _empty(value):
+        if neutral(key, value):
             continue
         if key not in _SUPPORTED:
             raise InvalidRequest(
-                f"{_REFUSED.get(key, f'HostConfig.{key}')} is not supported yet",
+                f"{flag_of(key)} is not supported yet",
                 hint="leave it out; `ambi run --help` lists what works",
             )
         if isolation is Isolation.VM and key in _CONTAINER_ONLY:
@@ -81,11 +91,17 @@ def check(spec: CreateSpec) -> list[str]:
             )
     _check_restart(host)
     _check_modes(host, isolation)
-    _check_config(config)
-    endpoints.check(spec, isolation)
-    ports.exposed(spec)
-    ports.wanted(spec)
-    return []
+    return isolation
+
+
+def neutral(key: str, value: Any) -> bool:
+    """Whether `value` of a HostConfig field asks for nothing."""
+    return not value or value in _NEUTRAL.get(key, ()) or _empty(value)
+
+
+def flag_of(key: str) -> str:
+    """What people know a HostConfig field by."""
+    return _REFUSED.get(key) or _CONTAINER_ONLY.get(key) or f"HostConfig.{key}"
 
 
 def _empty(value: Any) -> bool:
@@ -103,7 +119,7 @@ def _check_restart(host: Body) -> None:
     most = host.object("RestartPolicy").number("MaximumRetryCount")
     if most and policy != "on-failure":
         raise InvalidRequest(
-            f"invalid restart policy: maximum retry count cannot be used with restart policy '{policy}'",
+            f"maximum retry count cannot be used with restart policy '{policy}'",
             hint="--restart on-failure:N",
         )
     if most < 0:
