@@ -12,10 +12,14 @@ from ambi.core.plan import Directory, LaunchPlan, Layers
 from ambi.linux import capabilities
 from hyper.guest.protocol import FileTag, Items, MountTag, ProcessTag, SetupTag, SysctlTag, Value
 from hyper.qemu.cgroup import Limits
+from hyper.qemu.disk import Volume
 from hyper.qemu.share import BINDS_TAG, ROOT_TAG, Bind
 
 INIT_ANNOTATION = "ambi.init"
 DISPOSABLE_ANNOTATION = "ambi.disposable"
+DISK = "ambi.disk"  # a type of mounts; COPY and SUBPATH are options, see ambi.core.plan
+COPY = "ambi.copy"
+SUBPATH = "ambi.subpath="
 CAPABILITY_TAGS = {
     "bounding": ProcessTag.BOUNDING,
     "effective": ProcessTag.EFFECTIVE,
@@ -37,8 +41,18 @@ def binds(plan: LaunchPlan) -> tuple[Bind, ...]:
         if is_bind(mount):
             options = mount.get("options") or ()
             readonly = "ro" in options or "rro" in options
-            found.append(Bind(str(number), Path(mount["source"]), readonly, "bind" not in options))
+            subpath = next((word.removeprefix(SUBPATH) for word in options if word.startswith(SUBPATH)), "")
+            found.append(Bind(str(number), Path(mount["source"]), readonly, "bind" not in options, subpath, COPY in options))
     return tuple(found)
+
+
+def volumes(plan: LaunchPlan) -> tuple[Volume, ...]:
+    """The disks of the plan's mounts, named by their place among them."""
+    return tuple(
+        Volume(f"volume{number}", Path(mount["source"]), "ro" in (mount.get("options") or ()))
+        for number, mount in enumerate(plan.config.get("mounts") or ())
+        if mount.get("type") == DISK
+    )
 
 
 def setup(plan: LaunchPlan) -> Items:
@@ -56,6 +70,7 @@ def setup(plan: LaunchPlan) -> Items:
     else:
         items.append((SetupTag.ROOT_TAG, ROOT_TAG))
     items += [(SetupTag.MOUNT, _mount(n, mount)) for n, mount in enumerate(config.get("mounts") or ())]
+    items += [(SetupTag.COPY, m["destination"]) for m in config.get("mounts") or () if COPY in (m.get("options") or ())]
     items += [(SetupTag.FILE, _file(f.path, f.mode, f.content)) for f in plan.files]
     items += [(SetupTag.MASKED, path) for path in linux.get("maskedPaths") or ()]
     items += [(SetupTag.READ_ONLY_PATH, path) for path in linux.get("readonlyPaths") or ()]
@@ -70,7 +85,7 @@ def setup(plan: LaunchPlan) -> Items:
 def disposable(plan: LaunchPlan) -> bool:
     """Whether nothing that the guest has not written yet is of use to anybody: neither its disk nor a shared tree."""
     annotations = plan.config.get("annotations") or {}
-    return annotations.get(DISPOSABLE_ANNOTATION) == "1" and not shares(plan)
+    return annotations.get(DISPOSABLE_ANNOTATION) == "1" and not shares(plan) and not volumes(plan)
 
 
 def may_mount(plan: LaunchPlan) -> bool:
@@ -83,12 +98,15 @@ def _mount(number: int, mount: dict[str, Any]) -> Items:
     bind = is_bind(mount)
     kind = "bind" if bind else mount.get("type") or "none"
     source = str(number) if bind else mount.get("source") or kind
+    if kind == DISK:
+        source = f"volume{number}"
     items: list[tuple[int, Value]] = [
         (MountTag.DESTINATION, mount["destination"]),
         (MountTag.TYPE, kind),
         (MountTag.SOURCE, source),
     ]
-    return items + [(MountTag.OPTION, option) for option in mount.get("options") or ()]
+    options = [word for word in mount.get("options") or () if word != COPY and not word.startswith(SUBPATH)]
+    return items + [(MountTag.OPTION, option) for option in options]
 
 
 def _file(path: object, mode: int, content: str) -> Items:

@@ -15,7 +15,7 @@ MAX_VCPUS = 255
 HINT = "run it as a container: --isolation container"
 OWN_NAMESPACES = ("mount", "pid", "network", "ipc", "uts")  # a guest always has them; a plan must not ask for the host's
 KNOWN_NAMESPACES = (*OWN_NAMESPACES, "cgroup")
-MOUNT_TYPES = frozenset(("bind", "tmpfs", "proc", "sysfs", "devpts", "mqueue", "cgroup", "cgroup2"))
+MOUNT_TYPES = frozenset(("bind", "tmpfs", "proc", "sysfs", "devpts", "mqueue", "cgroup", "cgroup2", translate.DISK))
 
 # Limits that the guest's cgroup has, and what means nothing there: `devices` are rules for the host's, a guest has no swap.
 RESOURCES = {
@@ -96,6 +96,8 @@ def _mounts(plan: LaunchPlan) -> Iterator[Problem]:
         if not translate.is_bind(mount):
             if mount.get("type") not in MOUNT_TYPES:
                 yield Problem(f"mount {name}: a virtual machine does not support type {mount.get('type')}", HINT)
+            elif mount["type"] == translate.DISK and not os.path.isfile(mount.get("source") or ""):
+                yield Problem(f"mount {name}: there is no disk {mount.get('source')}", "ambi volume ls")
         elif {"shared", "rshared", "slave", "rslave"} & set(options):
             yield Problem(f"mount {name}: mounts do not propagate between a virtual machine and its host", HINT)
         elif {"idmap", "ridmap"} & set(options):

@@ -15,7 +15,7 @@ from typing import NamedTuple
 # linux/netlink.h, linux/rtnetlink.h
 _NLMSG_ERROR, _NLMSG_DONE = 2, 3
 _NLM_F_REQUEST, _NLM_F_ACK, _NLM_F_DUMP = 0x1, 0x4, 0x300
-_NLM_F_REPLACE, _NLM_F_EXCL, _NLM_F_CREATE = 0x100, 0x200, 0x400
+_NLM_F_EXCL, _NLM_F_CREATE = 0x200, 0x400
 _RTM_GETLINK, _RTM_SETLINK, _RTM_GETADDR, _RTM_GETROUTE = 18, 19, 22, 26
 _RTM_NEWQDISC, _RTM_DELQDISC, _RTM_NEWTFILTER = 36, 37, 44
 _RTN_UNICAST, _RT_TABLE_MAIN, _RTPROT_KERNEL = 1, 254, 2
@@ -127,11 +127,11 @@ class Netlink:
         By u32, which needs no module that is not there wherever tc is. The frames stay what they are, checksums that are
         still to be completed and segments that are still to be cut included.
         """
-        self._request(
-            _RTM_NEWQDISC,
-            _NLM_F_CREATE | _NLM_F_REPLACE,
-            _TC.pack(0, source, _INGRESS_HANDLE, _TC_H_INGRESS, 0) + _pack(_TCA_KIND, b"ingress\0"),
-        )
+        try:
+            self._add_ingress(source)
+        except FileExistsError:  # of somebody whose end left it behind: its target may be gone
+            self.stop_redirecting(source)
+            self._add_ingress(source)
         mirred = _MIRRED.pack(0, 0, _TC_ACT_STOLEN, 0, 0, _TCA_EGRESS_REDIR, target)
         action = _pack(_TCA_ACT_KIND, b"mirred\0") + _pack(_TCA_ACT_OPTIONS, _pack(_TCA_MIRRED_PARMS, mirred))
         everything = _SELECTOR.pack(_TC_U32_TERMINAL, 0, 1, 0, 0, 0, 0, 0) + _KEY.pack(0, 0, 0, 0)
@@ -140,6 +140,10 @@ class Netlink:
         head = _TC.pack(0, source, 0, _INGRESS_HANDLE, info)
         body = head + _pack(_TCA_KIND, b"u32\0") + _pack(_TCA_OPTIONS, options)
         self._request(_RTM_NEWTFILTER, _NLM_F_CREATE | _NLM_F_EXCL, body)
+
+    def _add_ingress(self, link: int) -> None:
+        body = _TC.pack(0, link, _INGRESS_HANDLE, _TC_H_INGRESS, 0) + _pack(_TCA_KIND, b"ingress\0")
+        self._request(_RTM_NEWQDISC, _NLM_F_CREATE | _NLM_F_EXCL, body)
 
     def stop_redirecting(self, source: int) -> None:
         """Undo `redirect`; OSError ENOENT or ENODEV when there is nothing to undo."""

@@ -105,6 +105,7 @@ class SetupTag(IntEnum):
     PIDS = 15
     CPU_SHARES = 16
     INIT = 17
+    COPY = 18
 
 
 class MountTag(IntEnum):

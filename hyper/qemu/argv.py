@@ -31,6 +31,14 @@ class Share(NamedTuple):
     fd: int
 
 
+class Volume(NamedTuple):
+    """A further disk, which the guest finds by `serial`."""
+
+    serial: str
+    fd: int
+    readonly: bool
+
+
 class Nic(NamedTuple):
     """A network device: its MAC and its tap's descriptor; `vhost` is one of the kernel's back-end, or None."""
 
@@ -65,6 +73,7 @@ class Machine(NamedTuple):
     disk_flushes: bool = True
     shares: tuple[Share, ...] = ()
     nics: tuple[Nic, ...] = ()
+    volumes: tuple[Volume, ...] = ()
     tracing: bool = True
     words: tuple[str, ...] = ()
 
@@ -72,8 +81,15 @@ class Machine(NamedTuple):
     def fds(self) -> tuple[int, ...]:
         """Everything to be inherited."""
         some = (self.kernel, self.initramfs, self.agent, self.console, self.monitor, self.layers, self.disk)
+        volumes = [volume.fd for volume in self.volumes]
         nics = [fd for nic in self.nics for fd in (nic.fd, nic.vhost) if fd is not None]
-        return (*(fd for fd in some if fd is not None), *self.layer_fds, *(share.fd for share in self.shares), *nics)
+        return (
+            *(fd for fd in some if fd is not None),
+            *self.layer_fds,
+            *(share.fd for share in self.shares),
+            *nics,
+            *volumes,
+        )
 
 
 def command_line(machine: Machine) -> str:
@@ -104,7 +120,7 @@ def build(qemu: str, machine: Machine) -> list[str]:
     ]  # fmt: skip
     if machine.shares:
         argv += ["-object", f"memory-backend-memfd,id=ram,size={machine.memory_bytes >> 20}M,share=on"]
-    return argv + _disks(machine) + _shares(machine) + _nics(machine)
+    return argv + _disks(machine) + _shares(machine) + _nics(machine) + _volumes(machine)
 
 
 def _cpu(machine: Machine) -> list[str]:
@@ -153,5 +169,18 @@ def _nics(machine: Machine) -> list[str]:
         argv += [
             "-netdev", f"tap,id=nic{number},fd={nic.fd},vhost={vhost}",
             "-device", f"virtio-net-device,netdev=nic{number},mac={nic.mac.hex(':')}",
+        ]  # fmt: skip
+    return argv
+
+
+def _volumes(machine: Machine) -> list[str]:
+    argv: list[str] = []
+    for volume in machine.volumes:
+        readonly = "on" if volume.readonly else "off"
+        argv += [
+            "-add-fd", f"fd={volume.fd},set={volume.fd}",
+            "-blockdev", f"driver=raw,node-name={volume.serial},read-only={readonly},discard=unmap,file.driver=file,"
+            f"file.read-only={readonly},file.discard=unmap,file.locking=off,file.filename=/dev/fdset/{volume.fd}",
+            "-device", f"virtio-blk-device,drive={volume.serial},serial={volume.serial}",
         ]  # fmt: skip
     return argv

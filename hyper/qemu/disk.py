@@ -5,9 +5,11 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import stat
 from pathlib import Path
+from typing import NamedTuple
 
-from ambi.core.errors import AmbiError, Internal, StorageFull, Unsupported, from_os_error
+from ambi.core.errors import AmbiError, Conflict, Internal, InvalidRequest, StorageFull, Unsupported, from_os_error
 from hyper.qemu import jail
 
 FICLONE = 0x40049409  # linux/fs.h
@@ -18,6 +20,14 @@ MKFS = (
     # A hole reads as zeros: nothing is left for the guest to initialise, and a clone copies some hundred KiB.
     "-E", "discard,lazy_journal_init=1",
 )  # fmt: skip
+
+
+class Volume(NamedTuple):
+    """A disk of a mount: an image file with ext4, which the guest finds by `name` as its serial number."""
+
+    name: str
+    path: Path
+    readonly: bool
 
 
 def ensure(path: Path, size_bytes: int, templates: Path) -> None:
@@ -37,6 +47,32 @@ def ensure(path: Path, size_bytes: int, templates: Path) -> None:
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise from_os_error(f"cannot make the disk {path}", error) from error
+
+
+def open_volume(volume: Volume) -> int:
+    """A descriptor of the image, locked as long as it or a copy of it is open: one writer, or readers, at a time.
+
+    Raises Conflict (in use), NotFound, InvalidRequest (no regular file).
+    """
+    flags = os.O_RDONLY if volume.readonly else os.O_RDWR
+    try:
+        fd = os.open(volume.path, flags | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError as error:
+        raise from_os_error("cannot open the disk of a volume", error) from error
+    try:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise InvalidRequest(f"the disk of a volume, {volume.path}, is no regular file")
+        fcntl.flock(fd, (fcntl.LOCK_SH if volume.readonly else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(fd)
+        raise Conflict(
+            f"the disk {volume.path} is in use by another virtual machine",
+            hint="stop that one first: `ambi ps` shows what runs; a disk belongs to one at a time",
+        ) from error
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
 
 
 def _template(size_bytes: int, directory: Path) -> Path:

@@ -138,6 +138,11 @@ def _machine(plan: LaunchPlan, host: probe.Host, handles: Handles, servers: list
         monitor=-1,
         shares=tuple(argv.Share(server.tag, server.sock.fileno()) for server in servers),
     )
+    volumes = tuple(
+        argv.Volume(volume.name, handles.add(disk.open_volume(volume)), volume.readonly)
+        for volume in translate.volumes(plan)
+    )
+    machine = machine._replace(volumes=volumes)
     if isinstance(plan.rootfs, Layers):
         return _with_disks(machine, plan, plan.rootfs, handles)
     return machine

@@ -163,7 +163,9 @@ class Network:
         self.devices = [device._replace(fd=-1) for device in self.devices]
 
     def close(self) -> None:
-        """Idempotent."""
+        """Part the interfaces and let go of the namespace. Idempotent."""
+        for name in tuple(self._joined):
+            self.unplug(name)
         self.close_taps()
         self._route.close()
 

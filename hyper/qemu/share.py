@@ -17,8 +17,8 @@ import stat
 from pathlib import Path
 from typing import NamedTuple
 
-from ambi.core.errors import NotFound, Unsupported, from_os_error
-from ambi.linux import mount, process
+from ambi.core.errors import InvalidRequest, NotFound, Unsupported, from_os_error
+from ambi.linux import mount, paths, process
 from hyper.qemu import jail
 from hyper.qemu.cgroup import Cgroup
 
@@ -30,12 +30,28 @@ BINDS_TAG = "binds"
 
 
 class Bind(NamedTuple):
-    """A bind mount; it appears as `name` in the tree. `recursive`: with the mounts below it."""
+    """A bind mount; it appears as `name` in the tree. `recursive`: with the mounts below it.
+
+    subpath: below `source`, which it never leaves, "" for all of it. copies: the guest fills it when it is empty, and so may
+    write then, read-only or not.
+    """
 
     name: str
     source: Path
     readonly: bool
     recursive: bool
+    subpath: str = ""
+    copies: bool = False
+
+    def open(self) -> int:
+        """An O_PATH descriptor of what is bound. Raises OSError."""
+        top = os.open(self.source, os.O_PATH | os.O_CLOEXEC)
+        if not self.subpath:
+            return top
+        try:
+            return paths.open_in_root(top, self.subpath)
+        finally:
+            os.close(top)
 
 
 class Server(NamedTuple):
@@ -62,6 +78,14 @@ def check_sources(binds: tuple[Bind, ...]) -> None:
     for bind in binds:
         if not bind.source.exists():
             raise NotFound(f"bind source path does not exist: {bind.source}")
+        try:
+            os.close(bind.open())
+        except OSError as error:
+            if error.errno == errno.ELOOP:
+                raise InvalidRequest(
+                    f"cannot bind '{bind.subpath}' of {bind.source}: its symbolic links lead nowhere"
+                ) from error
+            raise from_os_error(f"cannot bind '{bind.subpath or '/'}' of {bind.source}", error) from error
 
 
 def serve_directory(path: Path, run_dir: Path, cgroup: Cgroup, output: int) -> Server:
@@ -145,11 +169,14 @@ def _build_tree(tree: Path, binds: tuple[Bind, ...]) -> None:
     mount.mount("tmpfs", tree, "tmpfs", mount.MS_NOSUID | mount.MS_NODEV | mount.MS_NOEXEC, "mode=755,size=1m")
     for bind in binds:
         flags = mount.OPEN_TREE_CLONE | (mount.AT_RECURSIVE if bind.recursive else 0)
-        fd = mount.open_tree(mount.AT_FDCWD, bind.source, flags)
-        if bind.readonly:
+        source = bind.open()
+        fd = mount.open_tree(source, "", flags)
+        is_directory = stat.S_ISDIR(os.fstat(source).st_mode)
+        os.close(source)
+        if bind.readonly and not (bind.copies and is_directory and not os.listdir(f"/proc/self/fd/{fd}")):
             _make_readonly(fd, recursive=bind.recursive)
         target = tree / bind.name
-        if stat.S_ISDIR(os.stat(bind.source).st_mode):
+        if is_directory:
             target.mkdir()
         else:
             target.touch()

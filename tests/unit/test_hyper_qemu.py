@@ -21,6 +21,7 @@ from hyper.guest.protocol import Fields, ProcessTag, SetupTag, encode
 from hyper.qemu import argv, cgroup, disk, jail
 from hyper.qemu.console import KEEP_BYTES, Console
 from hyper.qemu.qmp import Qmp
+from hyper.qemu.share import Bind
 
 MACHINE = argv.Machine(
     name="0123456789abcdef", kvm=False, vcpus=1, memory_bytes=256 << 20, tsc_khz=2_600_000,
@@ -100,9 +101,7 @@ def test_setup_has_what_the_plan_says(tmp_path: Path) -> None:
     assert [(m.text(1), m.text(2), m.text(3), m.texts(4)) for m in mounts] == [
         ("/proc", "proc", "proc", ["nosuid"]), ("/data", "bind", "1", ["rbind", "ro"]),
     ]  # fmt: skip
-    assert translate.binds(given)[0]._asdict() == {
-        "name": "1", "source": Path("/srv"), "readonly": True, "recursive": True,
-    }  # fmt: skip
+    assert translate.binds(given) == (Bind("1", Path("/srv"), readonly=True, recursive=True),)
 
 
 def test_directory_root_has_no_disks(tmp_path: Path) -> None:

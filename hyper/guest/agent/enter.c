@@ -7,6 +7,7 @@
 #include <fcntl.h>
 #include <linux/openat2.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 #include <sys/mount.h>
 #include <sys/syscall.h>
@@ -178,11 +179,35 @@ static int pivot(int root, struct error *e) {
     return 0;
 }
 
+static bool is_copy(const struct setup *setup, const struct mount *m) {
+    for (size_t i = 0; i < setup->copies.count; i++)
+        if (strcmp(setup->copies.at[i], m->destination) == 0)
+            return true;
+    return false;
+}
+
+/* What the root itself has where volumes are to be, before any mount hides it: a descriptor for each mount, or -1. */
+static int *open_originals(int root, const struct setup *setup) {
+    int *originals = calloc(setup->mount_count + 1, sizeof(*originals));
+    for (size_t i = 0; originals && i < setup->mount_count; i++) {
+        const struct mount *m = &setup->mounts[i];
+        originals[i] = is_copy(setup, m) ? inside_open(root, m->destination, O_RDONLY | O_DIRECTORY, 0) : -1;
+    }
+    return originals;
+}
+
 static int apply_mounts(int root, const struct setup *setup, struct error *e) {
+    int *originals = open_originals(root, setup);
+    if (!originals)
+        return fail(e, "Internal", "no memory for mounts");
     int binds = open(BINDS, O_PATH | O_DIRECTORY | O_CLOEXEC);
     int result = 0;
     for (size_t i = 0; i < setup->mount_count && result == 0; i++)
-        result = mounts_apply(root, binds, &setup->mounts[i], e);
+        result = mounts_apply(root, binds, &setup->mounts[i], originals[i], e);
+    for (size_t i = 0; i < setup->mount_count; i++)
+        if (originals[i] >= 0)
+            close(originals[i]);
+    free(originals);
     if (binds >= 0)
         close(binds);
     return result;

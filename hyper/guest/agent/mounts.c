@@ -1,8 +1,10 @@
 #include "mounts.h"
+#include "copy.h"
 #include "inside.h"
 
 #include <errno.h>
 #include <fcntl.h>
+#include <limits.h>
 #include <linux/openat2.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -117,12 +119,35 @@ static int apply_attributes(int fd, const struct asked *asked) {
     return set_attributes(fd, propagation, asked->propagation_recursive ? AT_RECURSIVE : 0);
 }
 
-static const char *file_system(const char *type) {
-    return strcmp(type, "cgroup") == 0 ? "cgroup2" : type;
+static bool is_disk(const struct mount *m) {
+    return strcmp(m->type, "ambi.disk") == 0;
+}
+
+static const char *file_system(const struct mount *m) {
+    if (is_disk(m))
+        return "ext4";
+    return strcmp(m->type, "cgroup") == 0 ? "cgroup2" : m->type;
+}
+
+/* What the file system is made of: for a disk, the device with its source as serial number. */
+static int source_of(const struct mount *m, char source[PATH_MAX], struct error *e) {
+    char name[64];
+    if (!is_disk(m)) {
+        snprintf(source, PATH_MAX, "%s", m->source && *m->source ? m->source : m->type);
+        return 0;
+    }
+    if (root_find_disk(m->source ? m->source : "", name, sizeof(name), e) < 0)
+        return -1;
+    snprintf(source, PATH_MAX, "/dev/%s", name);
+    return 0;
 }
 
 static int configure(int fs, const struct mount *m, const struct asked *asked, struct error *e) {
-    const char *source = m->source && *m->source ? m->source : m->type;
+    char source[PATH_MAX];
+    if (source_of(m, source, e) < 0)
+        return -1;
+    if (is_disk(m) && (asked->all.attr_set & MOUNT_ATTR_RDONLY) && fsconfig(fs, FSCONFIG_SET_FLAG, "ro", NULL, 0) < 0)
+        return fail_errno(e, errno, "mount %s: read-only", m->destination);
     if (fsconfig(fs, FSCONFIG_SET_STRING, "source", source, 0) < 0)
         return fail_errno(e, errno, "mount %s: source '%s'", m->destination, source);
     for (size_t i = 0; i < asked->data.count; i++) {
@@ -140,7 +165,7 @@ static int configure(int fs, const struct mount *m, const struct asked *asked, s
 }
 
 static int new_file_system(const struct mount *m, const struct asked *asked, struct error *e) {
-    int fs = fsopen(file_system(m->type), FSOPEN_CLOEXEC);
+    int fs = fsopen(file_system(m), FSOPEN_CLOEXEC);
     if (fs < 0)
         return fail(e, "Unsupported", "mount %s: the guest's kernel has no file system '%s'", m->destination, m->type);
     int fd = configure(fs, m, asked, e);
@@ -184,7 +209,16 @@ static int open_destination(int root, const struct mount *m, int mounted, struct
     return target;
 }
 
-int mounts_apply(int root, int binds, const struct mount *m, struct error *e) {
+static int fill(int mounted, int original, struct error *e) {
+    int target = openat(mounted, ".", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    if (target < 0)
+        return errno == ENOTDIR ? 0 : fail_errno(e, errno, "cannot open a volume");
+    int result = copy_into_empty(original, target, e);
+    close(target);
+    return result;
+}
+
+int mounts_apply(int root, int binds, const struct mount *m, int original, struct error *e) {
     struct asked asked;
     if (ask(&asked, m, e) < 0)
         return -1;
@@ -192,7 +226,9 @@ int mounts_apply(int root, int binds, const struct mount *m, struct error *e) {
     if (fd < 0)
         return -1;
     int target = -1, result = -1;
-    if (apply_attributes(fd, &asked) < 0)
+    if (original >= 0 && fill(fd, original, e) < 0)
+        ;
+    else if (apply_attributes(fd, &asked) < 0)
         fail_errno(e, errno, "mount %s: flags", m->destination);
     else if ((target = open_destination(root, m, fd, e)) >= 0)
         result = move_mount(fd, "", target, "", MOVE_MOUNT_F_EMPTY_PATH | MOVE_MOUNT_T_EMPTY_PATH);

@@ -4,8 +4,8 @@
 
 #include "setup.h"
 
-/* Mount `m` below `root`; sources of binds are below `binds`. */
-int mounts_apply(int root, int binds, const struct mount *m, struct error *e);
+/* Mount `m` below `root`; sources of binds are below `binds`. original: of the directory that fills an empty volume, or -1. */
+int mounts_apply(int root, int binds, const struct mount *m, int original, struct error *e);
 /* Attach the tree of `source` (an O_PATH descriptor) to `target`; attributes are MOUNT_ATTR_*, for the whole tree. */
 int mounts_bind(int source, int target, uint64_t attributes);
 

@@ -16,8 +16,7 @@
 
 enum { MAX_LAYERS = 127 };
 
-/* The kernel's name (`vda`) of the virtio disk with this serial number. */
-static int find_disk(const char *serial, char *name, size_t size, struct error *e) {
+int root_find_disk(const char *serial, char *name, size_t size, struct error *e) {
     DIR *disks = opendir("/sys/block");
     bool found = false;
     if (!disks)
@@ -42,7 +41,7 @@ static int mount_disk(const struct setup *setup, struct error *e) {
         if (mount("tmpfs", DISK, "tmpfs", MS_NOSUID | MS_NODEV, "mode=700") < 0)
             return fail_errno(e, errno, "cannot mount a tmpfs for the root's changes");
     } else {
-        if (find_disk("disk", name, sizeof(name), e) < 0)
+        if (root_find_disk("disk", name, sizeof(name), e) < 0)
             return -1;
         snprintf(device, sizeof(device), "/dev/%s", name);
         if (mount(device, DISK, "ext4", MS_NOATIME, "") < 0)
@@ -58,7 +57,7 @@ static int mount_layers(const struct setup *setup, struct error *e) {
     char name[32];
     if (setup->layers > MAX_LAYERS)
         return fail(e, "Unsupported", "%llu layers: at most %d", (unsigned long long)setup->layers, MAX_LAYERS);
-    if (find_disk("layers", name, sizeof(name), e) < 0)
+    if (root_find_disk("layers", name, sizeof(name), e) < 0)
         return -1;
     modules_load("erofs");
     modules_load("overlay");

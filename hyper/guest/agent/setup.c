@@ -114,6 +114,8 @@ static bool parse_field(struct setup *setup, const struct field *f) {
         return field_number(f, &setup->limits.cpu_shares);
     case 17:
         return field_number(f, &setup->init);
+    case 18:
+        return strings_add(&setup->copies, field_string(f));
     default:
         return false;
     }

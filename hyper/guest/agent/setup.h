@@ -49,6 +49,7 @@ struct setup {
     struct strings masked;
     struct strings read_only_paths;
     struct limits limits;
+    struct strings copies; /* destinations of mounts */
 };
 
 /* Values point into `body` or are allocated, and live as long as the guest. */
@@ -60,6 +61,8 @@ bool strings_add(struct strings *list, char *text);
 #define DISK "/run/disk"
 #define BINDS "/run/binds"
 #define LAYERS "/run/l"
+/* The kernel's name (`vda`) of the virtio disk with this serial number. */
+int root_find_disk(const char *serial, char *name, size_t size, struct error *e);
 int root_assemble(const struct setup *setup, struct error *e);
 
 /* In the waiting process: everything below the new root, then the pivot. Hands back what RUN needs in the root. */
