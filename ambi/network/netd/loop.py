@@ -7,6 +7,7 @@ import heapq
 import logging
 import select
 import socket
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -48,22 +49,27 @@ class EpollLoop(Loop):
             heapq.heapify(self._timers)
 
     def step(self, by: Deadline | None = None) -> None:
-        waits = [t for t in (by.remaining() if by else None, self._next_timer()) if t is not None]
+        waits = [self._timers[0][0] - time.monotonic()] if self._timers else []
+        if by is not None and (remaining := by.remaining()) is not None:
+            waits.append(remaining)
         for fd, events in self._epoll.poll(max(0.0, min(waits)) if waits else None):
             entry = self._watched.get(fd)  # an earlier callback of this round may have dropped it
             if entry is not None:
-                self._call(lambda ready=entry[1], events=events: ready(events))  # type: ignore[misc]
+                try:
+                    entry[1](events)
+                except Exception:
+                    log.exception("netd: a callback failed")
+        if self._timers and self._timers[0][0] <= time.monotonic():
+            self._run_timers()
+
+    def _run_timers(self) -> None:
         while (wait := self._next_timer()) is not None and wait <= 0:
             action = self._actions.pop(heapq.heappop(self._timers)[1], None)
             if action is not None:
-                self._call(action)
-
-    @staticmethod
-    def _call(action: Callable[[], None]) -> None:
-        try:
-            action()
-        except Exception:
-            log.exception("netd: a callback failed")
+                try:
+                    action()
+                except Exception:
+                    log.exception("netd: a timer failed")
 
 
 class Acceptor:
