@@ -13,6 +13,7 @@ from ambi.api import network_shapes
 from ambi.api.words import rfc3339_nano
 from ambi.core.model import Status
 from ambi.core.words import human_duration
+from ambi.engine.health import STARTING, Health
 from ambi.engine.mountpoints import Point
 from ambi.engine.types import Instance
 from ambi.shim import record
@@ -81,7 +82,7 @@ def status_text(instance: Instance) -> str:
     since_end = human_duration(now - state.finished_ns / 1e9)
     match state.status:
         case Status.RUNNING:
-            return f"Up {since_start}"
+            return f"Up {since_start}{_health_text(instance)}"
         case Status.PAUSED:
             return f"Up {since_start} (Paused)"
         case Status.RESTARTING:
@@ -94,6 +95,13 @@ def status_text(instance: Instance) -> str:
             return "Created"
         case _:
             return f"Exited ({state.exit_code}) {since_end} ago"
+
+
+def _health_text(instance: Instance) -> str:
+    if instance.health is None:
+        return ""
+    status = instance.health.status
+    return f" (health: {status})" if status == STARTING else f" ({status})"
 
 
 def inspect(instance: Instance, version: tuple[int, int]) -> dict[str, Any]:
@@ -140,9 +148,9 @@ def _ours(instance: Instance) -> dict[str, Any]:
 
 def _state(instance: Instance) -> dict[str, Any]:
     state = instance.state
-    return {
+    shown: dict[str, Any] = {
         "Status": state.status.value,
-        "Running": state.running,
+        "Running": state.alive,
         "Paused": state.status is Status.PAUSED,
         "Restarting": state.status is Status.RESTARTING,
         "OOMKilled": state.oom_killed,
@@ -153,6 +161,17 @@ def _state(instance: Instance) -> dict[str, Any]:
         "StartedAt": rfc3339_nano(state.started_ns),
         "FinishedAt": rfc3339_nano(state.finished_ns),
     }
+    if instance.health is not None:
+        shown["Health"] = _health(instance.health)
+    return shown
+
+
+def _health(health: Health) -> dict[str, Any]:
+    log = [
+        {"Start": rfc3339_nano(r.start_ns), "End": rfc3339_nano(r.end_ns), "ExitCode": r.code, "Output": r.output}
+        for r in health.results
+    ]
+    return {"Status": health.status, "FailingStreak": health.failures, "Log": log}
 
 
 def host_config(instance: Instance) -> dict[str, Any]:

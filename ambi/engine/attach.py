@@ -45,6 +45,8 @@ def attach(core: Core, id: str, wanted: Attach, sock: socket.socket, pending: by
     check_present(record)
     if record.state.status is Status.PAUSED:
         raise Conflict(f"Container {record.id} is paused, unpause the container before attach.")
+    if record.state.status is Status.RESTARTING:
+        raise Conflict(f"Container {record.id} is restarting, wait until the container is running")
     run = _run(core, record) if wanted.stream else record.run
     with core.handing_over(record):
         write_head()

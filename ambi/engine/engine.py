@@ -164,7 +164,7 @@ class Engine:
         record = core.registry.find(id)
         ticket = WaitTicket(condition, record)
         with core.mutex:
-            if condition == "not-running" and not record.state.running:
+            if condition == "not-running" and not record.state.alive:
                 ticket.settle(ExitStatus(record.state.exit_code, record.state.error))
             else:
                 record.tickets = [kept for kept in record.tickets if not kept.settled] + [ticket]
@@ -285,7 +285,8 @@ class Engine:
     def info(self) -> EngineInfo:
         core = self._core
         statuses = [record.state.status for record in core.registry]
-        running, paused = statuses.count(Status.RUNNING), statuses.count(Status.PAUSED)
+        paused = statuses.count(Status.PAUSED)
+        running = statuses.count(Status.RUNNING) + statuses.count(Status.RESTARTING)
         return EngineInfo(
             version=_version(),
             pid=os.getpid(),

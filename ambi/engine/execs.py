@@ -55,6 +55,8 @@ def _running(record: Record) -> Run:
     run = record.run
     if record.state.status is Status.PAUSED:
         raise Conflict(f"Container {record.id} is paused, unpause the container before exec")
+    if record.state.status is Status.RESTARTING:
+        raise Conflict(f"Container {record.id} is restarting, wait until the container is running")
     if not record.state.running or run is None or record.removing:
         raise Conflict(f"Container {record.id} is not running", hint=f"ambi start {record.name}")
     return run

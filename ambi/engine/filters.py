@@ -43,6 +43,9 @@ def check_values(filters: Filters) -> None:
     for value in filters.get("status", ()):
         if value not in _STATUSES:
             raise InvalidRequest(f"invalid filter 'status={value}'")
+    for value in filters.get("health", ()):
+        if value not in ("starting", "healthy", "unhealthy", "none"):
+            raise InvalidRequest(f"invalid filter 'health={value}'")
     for value in filters.get("exited", ()):
         if not value.lstrip("-").isdigit():
             raise InvalidRequest(f"invalid filter 'exited={value}'")
@@ -71,7 +74,7 @@ def _named(instance: Instance, values: list[str]) -> bool:
 
 
 def _exited(instance: Instance, values: list[str]) -> bool:
-    return not instance.state.running and instance.state.finished_ns > 0 and str(instance.state.exit_code) in values
+    return not instance.state.alive and instance.state.finished_ns > 0 and str(instance.state.exit_code) in values
 
 
 def _network(instance: Instance, values: list[str]) -> bool:
@@ -120,7 +123,7 @@ _TESTS: dict[str, Callable[[Instance, list[str]], bool]] = {
     "exited": _exited,
     "isolation": lambda i, values: i.isolation.value in values,
     "is-task": lambda i, values: "false" in values or "0" in values,
-    "health": lambda i, values: "none" in values,
+    "health": lambda i, values: (i.health.status if i.health is not None else "none") in values,
     "network": _network,
     "volume": _volume,
     "publish": _publish,

@@ -39,7 +39,7 @@ def list_instances(core: Core, page: Page, filters: f.Filters) -> list[Instance]
         created = record.row.created_ns
         if (upper is not None and created >= upper) or (lower is not None and created <= lower):
             continue
-        if not (every or record.state.running):
+        if not (every or record.state.alive):
             continue
         if ancestors is not None and not ({record.row.image_id, record.row.image} & ancestors):
             continue
@@ -70,7 +70,7 @@ def prune(core: Core, filters: f.Filters) -> tuple[tuple[InstanceId, ...], int]:
     removed, freed = [], 0
     for record in core.registry:
         labels = record.row.spec.config.get("Labels") or {}
-        if record.state.running or (until and record.row.created_ns >= min(until) * 1e9):
+        if record.state.alive or (until and record.row.created_ns >= min(until) * 1e9):
             continue
         if not f.has_labels(labels, filters.get("label", ())):
             continue

@@ -152,10 +152,7 @@ def _check_config(config: Body) -> None:
 
 
 def complete(spec: CreateSpec, image: dict[str, Any], instance: str) -> CreateSpec:
-    """`spec` with what Docker fills in from the image's config (`image`, the `config` member) and the instance's id.
-
-    Health checks that the image declares are left out.
-    """
+    """`spec` with what Docker fills in from the image's config (`image`, the `config` member) and the instance's id."""
     config, host = Body("Config", spec.config), Body("HostConfig", spec.host)
     base = Body("image config", image)
     merged = dict(config.data)

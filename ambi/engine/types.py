@@ -47,6 +47,11 @@ class State(NamedTuple):
     def running(self) -> bool:
         return self.status in (Status.RUNNING, Status.PAUSED)
 
+    @property
+    def alive(self) -> bool:
+        """Docker's `Running`: a restart that is waited for counts."""
+        return self.running or self.status is Status.RESTARTING
+
 
 class Instance(NamedTuple):
     """A snapshot of one instance.
