@@ -21,6 +21,7 @@ from images.importer import NewLayer, layer_row
 from images.layers.decoder import compression_of
 from images.layers.supervisor import Worker
 from images.members import Members, clean, split
+from images.snapshots import discard
 
 if TYPE_CHECKING:
     from images.store import Store
@@ -223,8 +224,9 @@ def _converted(store: Store, plan: Plan, progress: ProgressSink) -> Iterator[Seq
             file.sync()
         yield [done[number] for number, _ in jobs]
     finally:
-        for layer in done.values():
-            layer.discard()
+        for layer in done.values():  # blobs are the archive's: another image of it may have the same
+            if layer.prepared is not None:
+                discard(layer.prepared.path)
 
 
 def _convert(store: Store, worker: Worker, blob: Ingest, diff_id: str) -> NewLayer:
@@ -235,7 +237,7 @@ def _convert(store: Store, worker: Worker, blob: Ingest, diff_id: str) -> NewLay
         os.close(fd)
     layer = NewLayer(layer_row(blob, prepared.converted), blob, prepared)
     if prepared.converted.diff_id != diff_id:
-        layer.discard()
+        discard(prepared.path)
         check_diff_id(prepared.converted.diff_id, diff_id, blob.digest)
     return layer
 
