@@ -52,6 +52,11 @@ def _cgroup_v1() -> str | None:
     return None if Path("/sys/fs/cgroup/memory").exists() else "no cgroup v1 controllers"
 
 
+def _compose_2() -> str | None:
+    path = ROOT / "build" / "peers" / "docker-compose"
+    return None if path.exists() else f"{path} is missing (scripts/package/compose2.sh)"
+
+
 NEEDS: dict[str, Callable[[], str | None]] = {
     "root": _root,
     "qemu": _guest,
@@ -66,6 +71,10 @@ NEEDS: dict[str, Callable[[], str | None]] = {
     "runc": _program("runc", "runc"),
     "skopeo": _program("skopeo", "skopeo"),
     "podman": _program("podman", "podman"),
+    "buildah": _program("buildah", "buildah"),
+    "registry": _program("docker-registry", "docker-registry"),
+    "compose-1": _program("docker-compose", "docker-compose"),
+    "compose-2": _compose_2,
     "strace": _program("strace", "strace"),
     "gcc": _program("gcc", "gcc"),
 }
