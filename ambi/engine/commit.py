@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
-from ambi.core.errors import Conflict, InvalidRequest, NotFound, Unsupported
+from ambi.core.errors import NotFound
 from ambi.engine.core import Core
-from ambi.engine.lifecycle import soon
-from ambi.engine.records import Record
 from ambi.engine.trees import looking, received
-from ambi.shim.client import ShimConnection
 from images import commit as images_commit
 from images.commit import Wanted
 
@@ -35,29 +29,11 @@ def commit(core: Core, id: str, wanted: Wanted, *, pause: bool) -> str:
         images_commit.check(base, wanted)
         with (
             looking(core, record) as connection,
-            _still(record, connection, pause),
             core.store.hold(base.layers),
-            received(connection, verb="layer") as stream,
+            received(connection, verb="layer", still=pause) as stream,
         ):
             image = images_commit.commit(core.store, base, stream, wanted)
     core.publish(record, "commit", comment=wanted.message, imageID=image.id, imageRef=wanted.name)
     if wanted.name:
         core.bus.publish("image", "tag", image.id, {"name": wanted.name})
     return image.id
-
-
-@contextmanager
-def _still(record: Record, connection: ShimConnection, pause: bool) -> Iterator[None]:
-    """Nothing of a running instance runs in the `with`; one that was paused before stays so."""
-    held = False
-    if pause and record.state.status.value == "running":
-        try:
-            connection.call("pause", by=soon())
-            held = True
-        except (Conflict, InvalidRequest, Unsupported):  # it has ended, or its driver cannot
-            pass
-    try:
-        yield
-    finally:
-        if held:
-            connection.call("resume", by=soon())

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import Any
 
 from ambi.core.deadline import Deadline
 from ambi.core.driver import Driver
 from ambi.core.errors import AmbiError, InvalidRequest, Unsupported
 from ambi.core.loop import Loop
+from ambi.core.model import Status
 from ambi.core.plan import LaunchPlan
 from ambi.core.undo import Undo
 from ambi.shim.control import Request
 
 FIELDS = ("verb", "path", "follow", "no_overwrite_dir_non_dir", "copy_ids")
 LEAVE = "leave"
+HOLD_SECONDS = 30.0
 CLOSE_SECONDS = 15.0  # a guest writes back its disk
 
 
@@ -60,11 +63,33 @@ def begin(browsable: object, request: Request) -> None:
         if fd is not None:
             os.close(fd)
         raise
-    tree({name: request.body[name] for name in FIELDS if name in request.body}, fd, lambda result: _answer(request, result))
+    let_go = _hold(browsable) if request.body.get("still") is True else None
+
+    def done(result: dict[str, Any] | AmbiError) -> None:
+        if let_go is not None:
+            let_go()
+        if isinstance(result, AmbiError):
+            request.fail(result)
+        else:
+            request.answer(result)
+
+    tree({name: request.body[name] for name in FIELDS if name in request.body}, fd, done)
 
 
-def _answer(request: Request, result: dict[str, Any] | AmbiError) -> None:
-    if isinstance(result, AmbiError):
-        request.fail(result)
-    else:
-        request.answer(result)
+def _hold(created: Any) -> Callable[[], None] | None:
+    """Have what runs stand still, until what is returned is called. None where nothing runs, or the driver cannot.
+
+    Here and not in the engine: one that is killed meanwhile leaves nothing standing.
+    """
+    pause, resume = getattr(created, "pause", None), getattr(created, "resume", None)
+    if pause is None or resume is None or created.state() is not Status.RUNNING:
+        return None
+    pause(Deadline.after(HOLD_SECONDS))
+
+    def let_go() -> None:
+        try:
+            resume(Deadline.after(HOLD_SECONDS))
+        except (AmbiError, OSError):  # it has been ended
+            pass
+
+    return let_go

@@ -247,6 +247,10 @@ def test_commit_runs_as_both_kinds_and_in_docker(engine: EngineUnderTest, runtim
     state = said(engine, "inspect", "--format", "{{.State.Status}}", name)
     assert state == "running\n", "it goes on after it was held"
     said(engine, "rm", "-f", name)
+    again = ["--runtime", runtime, "--network", "none", "--name", name, image]
+    said(engine, "run", *again, "sh", "-c", "rm /d/f; echo new > /d/new; rm -r /tmp; echo kept > /d/g")
+    assert said(engine, "diff", name).split("\n") == ["C /d", "D /d/f", "C /d/g", "A /d/new", "D /tmp", ""], "on two layers"
+    said(engine, "rm", name)
     if runtime == "vm":  # the layer is compared in the conformance suite: one load is enough
         return
     saved = tmp_path / "saved.tar"
