@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 _CALL_S = 10.0
 _START_S = 20.0
-_AGAIN_S = 1.0  # between a death and the next start
+_AGAIN_S = 0.25  # between a death and the next start
 _LOG_BYTES = 1 << 20  # past which the log is started anew with the next netd
 
 
