@@ -114,6 +114,14 @@ _CREATE: list[Callable[[Any], Any]] = [
     option("--uts", metavar="MODE", help="UTS namespace: private or host."),
     option("--stop-signal", metavar="SIGNAL", help="What `stop` sends first.  [default: the image's, or SIGTERM]"),
     option("--stop-timeout", type=click.IntRange(-1), metavar="SECONDS", help="How long `stop` waits; -1: for ever."),
+    option("--restart", metavar="POLICY", help="no, always, unless-stopped or on-failure[:N].  [default: no]"),
+    option("--health-cmd", metavar="COMMAND", help="Check the health with a command of the shell."),
+    option("--health-interval", metavar="TIME", help="Between two checks.  [default: 30s]"),
+    option("--health-timeout", metavar="TIME", help="How long a check may take.  [default: 30s]"),
+    option("--health-start-period", metavar="TIME", help="How long failures do not count.  [default: 0s]"),
+    option("--health-start-interval", metavar="TIME", help="Between two checks in the start period.  [default: 5s]"),
+    option("--health-retries", type=click.IntRange(0), metavar="N", help="Failures that make it unhealthy.  [default: 3]"),
+    switch("--no-healthcheck", help="Leave out the image's health check."),
     option("--log-driver", metavar="NAME", help="json-file or none.  [default: json-file]"),
     many("--log-opt", metavar="KEY=VALUE", help="max-size or max-file of json-file."),
 ]  # fmt: skip
@@ -123,6 +131,26 @@ _RUN: list[Callable[[Any], Any]] = [
     option("--detach-keys", metavar="KEYS", help="Keys that detach from a terminal.  [default: ctrl-p,ctrl-q]"),
     switch("--sig-proxy", default=True, help="Pass signals on; --sig-proxy=false does not.  [default: true]"),
 ]
+
+
+_LIMITS: list[Callable[[Any], Any]] = [
+    option("-m", "--memory", metavar="SIZE", help="Memory limit."),
+    option("--memory-reservation", metavar="SIZE", help="What it keeps when memory is scarce."),
+    option("--memory-swap", metavar="SIZE", help="Limit of memory and swap together, -1 for none."),
+    option("--cpus", metavar="NUMBER", help="CPU time limit, as 1.5."),
+    option("--cpu-period", type=int, metavar="MICROSECONDS", help="Period of --cpu-quota."),
+    option("--cpu-quota", type=int, metavar="MICROSECONDS", help="CPU time in a period, -1 for no limit."),
+    option("-c", "--cpu-shares", type=int, metavar="WEIGHT", help="Share of CPU time when it is scarce."),
+    option("--cpuset-cpus", metavar="LIST", help="CPUs to run on, as 0-1,3."),
+    option("--cpuset-mems", metavar="LIST", help="Memory nodes to use, as 0-1."),
+    option("--pids-limit", type=int, metavar="NUMBER", help="Most processes and threads, -1 for no limit."),
+    option("--restart", metavar="POLICY", help="no, always, unless-stopped or on-failure[:N]."),
+]
+
+
+def limit_options(command: F) -> F:
+    """Of `update`: what can be changed of an instance that is there."""
+    return apply(_LIMITS, command)
 
 
 def image_and_command(command: F) -> F:

@@ -38,6 +38,9 @@ COMMANDS: dict[str, Entry] = {
     "stop": Entry(INSTANCES, "lifecycle", "stop", "Stop running instances: ask, wait, then kill."),
     "restart": Entry(INSTANCES, "lifecycle", "restart", "Stop and start instances."),
     "kill": Entry(INSTANCES, "lifecycle", "kill", "Send a signal to running instances."),
+    "pause": Entry(INSTANCES, "change", "pause", "Have everything in running instances stand still."),
+    "unpause": Entry(INSTANCES, "change", "unpause", "Let paused instances go on."),
+    "update": Entry(INSTANCES, "change", "update", "Change the limits and the restart policy of instances, running or not."),
     "wait": Entry(INSTANCES, "lifecycle", "wait", "Wait until instances stop, and print their exit codes."),
     "rm": Entry(INSTANCES, "lifecycle", "rm", "Remove instances."),
     "rename": Entry(INSTANCES, "lifecycle", "rename", "Rename an instance."),
@@ -81,7 +84,6 @@ COMMANDS: dict[str, Entry] = {
 
 # What people who come from docker type, and does not exist yet: what to do instead.
 INSTEAD = {
-    "--restart": "leave it out, and start the instance again yourself: ambi start NAME",
     "--gpus": "leave it out, or pass on a device: --device /dev/NAME",
 }
 

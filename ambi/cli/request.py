@@ -11,7 +11,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from ambi.cli import humanize, mounts, networking
+from ambi.cli import humanize, mounts, networking, policies
 from ambi.cli.values import env_list, key_values
 from ambi.core.errors import InvalidRequest, from_os_error
 from ambi.core.words import is_address
@@ -55,6 +55,8 @@ def body_of(flags: dict[str, Any], image: str, command: Sequence[str], *, detach
         body["StopSignal"] = flags["stop_signal"]
     if flags["stop_timeout"] is not None:
         body["StopTimeout"] = flags["stop_timeout"]
+    if check := policies.health(flags):
+        body["Healthcheck"] = check
     exposed, bindings = networking.ports(flags["publish"], flags["expose"])
     if exposed:
         body["ExposedPorts"] = exposed
@@ -103,12 +105,13 @@ def _host(flags: dict[str, Any], volumes: dict[str, Any]) -> dict[str, Any]:
         "SecurityOpt": options if flags["security_opt"] else None,
         "UTSMode": flags["uts"] or "",
         "ShmSize": _size(flags, "shm_size"),
+        "RestartPolicy": policies.restart(flags["restart"], removes=bool(flags["auto_remove"])),
         "CpuShares": flags["cpu_shares"] or 0,
         "Memory": _size(flags, "memory"),
         "NanoCpus": nano_cpus(flags["cpus"]),
         "CpusetCpus": flags["cpuset_cpus"] or "",
         "Devices": [mounts.device(text) for text in flags["device"]],
-        "MemorySwap": -1 if flags["memory_swap"] == "-1" else _size(flags, "memory_swap"),
+        "MemorySwap": _swap(flags),
         "PidsLimit": flags["pids_limit"] or 0,
         "Ulimits": [ulimit(text) for text in flags["ulimit"]],
         "MaskedPaths": masked,
@@ -128,7 +131,7 @@ def _host(flags: dict[str, Any], volumes: dict[str, Any]) -> dict[str, Any]:
 
 # What docker sends for flags that this command does not have.
 _NEUTRAL: dict[str, Any] = {
-    "PortBindings": {}, "RestartPolicy": {"Name": "no", "MaximumRetryCount": 0}, "VolumeDriver": "", "VolumesFrom": None,
+    "PortBindings": {}, "VolumeDriver": "", "VolumesFrom": None,
     "ConsoleSize": [0, 0], "CgroupnsMode": "", "Cgroup": "", "Links": None, "PublishAllPorts": False, "UsernsMode": "",
     "Isolation": "", "CgroupParent": "", "BlkioWeight": 0, "BlkioWeightDevice": [], "BlkioDeviceReadBps": [],
     "BlkioDeviceWriteBps": [], "BlkioDeviceReadIOps": [], "BlkioDeviceWriteIOps": [], "CpuPeriod": 0, "CpuQuota": 0,
@@ -136,6 +139,28 @@ _NEUTRAL: dict[str, Any] = {
     "MemoryReservation": 0, "MemorySwappiness": -1, "OomKillDisable": False, "CpuCount": 0, "CpuPercent": 0,
     "IOMaximumIOps": 0, "IOMaximumBandwidth": 0,
 }  # fmt: skip
+
+
+def changes_of(flags: dict[str, Any]) -> dict[str, Any]:
+    """The body of `POST /containers/ID/update`: what is given alone."""
+    body = {
+        "Memory": _size(flags, "memory"),
+        "MemoryReservation": _size(flags, "memory_reservation"),
+        "MemorySwap": _swap(flags),
+        "NanoCpus": nano_cpus(flags["cpus"]),
+        "CpuPeriod": flags["cpu_period"],
+        "CpuQuota": flags["cpu_quota"],
+        "CpuShares": flags["cpu_shares"],
+        "CpusetCpus": flags["cpuset_cpus"],
+        "CpusetMems": flags["cpuset_mems"],
+        "PidsLimit": flags["pids_limit"],
+        "RestartPolicy": policies.restart(flags["restart"]) if flags["restart"] else None,
+    }
+    return {key: value for key, value in body.items() if value}
+
+
+def _swap(flags: dict[str, Any]) -> int:
+    return -1 if flags["memory_swap"] == "-1" else _size(flags, "memory_swap")
 
 
 def _runtime(isolation: str | None, runtime: str | None) -> str:
