@@ -46,9 +46,7 @@ def restore(core: Core) -> None:
     _clear_run_root(core)
     core.networks.adopted()
     with core.mutex:
-        for record in core.registry:
-            if record.run is None:
-                core.restarts.after_restore(record, booted=record.row.boot_id not in ("", core.boot_id))
+        core.restarts.begin()
 
 
 def _restore_records(core: Core) -> None:

@@ -136,6 +136,7 @@ class Core:
         finished = status.finished_ns or time.time_ns()
         if record.monitor is not None:
             record.monitor.stop()
+            record.monitor = None
         again = self.restarts.wanted(record, status)
         state = record.state._replace(
             status=Status.RESTARTING if again else Status.EXITED,
@@ -149,6 +150,8 @@ class Core:
             if item.started and item.exit_code is None:
                 item.exit_code = 137
                 self.store_exec(item)
+        if again:
+            self.restarts.count(record)
         self.set_state(record, state)
         if status.oom_killed:
             self.tell_oom(record)
@@ -162,10 +165,8 @@ class Core:
         from ambi.engine.health import Monitor
         from ambi.engine.healthcheck import check_of
 
-        record.health, record.monitor = None, None
         check = check_of(record.row.spec.config)
-        if check is not None:
-            record.monitor = Monitor(self, record, run, check)
+        record.monitor = Monitor(self, record, run, check) if check is not None else None
 
     def ended(self, record: Record, run: Run) -> None:
         """The connection of `run` has ended and everything of it is swept: its instance can be started or removed."""

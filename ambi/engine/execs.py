@@ -70,6 +70,7 @@ class StartRequest(NamedTuple):
     pending: bytes
     write_head: Callable[[], None] | None
     size: tuple[int, int] | None
+    within_s: float = EXEC_S  # until its program runs
 
 
 def start(core: Core, exec_id: str, wanted: StartRequest) -> None:
@@ -94,7 +95,7 @@ def start(core: Core, exec_id: str, wanted: StartRequest) -> None:
     core.publish(record, f"exec_start: {_command(item)}", execID=item.id)
     fds = [wanted.sock.fileno()] if wanted.attach is not None and wanted.sock is not None else []
     try:
-        answer = run.connection.call("exec", fds=fds, by=Deadline.after(EXEC_S), **request)
+        answer = run.connection.call("exec", fds=fds, by=Deadline.after(wanted.within_s), **request)
     except AmbiError as error:
         code = 127 if error.exit_status == 127 else 126
         ended(core, record, item.id, 137 if isinstance(error, Unavailable) else code)
@@ -138,6 +139,8 @@ def ended(core: Core, record: Record, exec_id: str, code: int) -> None:
             return
         item.exit_code = code
         core.store_exec(item)
+        if record.monitor is not None:
+            record.monitor.exec_ended(exec_id, code)
         core.publish(record, "exec_die", execID=item.id, exitCode=str(code))
 
 

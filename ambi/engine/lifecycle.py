@@ -51,9 +51,10 @@ def _by_the_user(core: Core, record: Record) -> None:
         core.restarts.call_off(record)
     core.restarts.forget_pause(record)
     hold(core, record, False)
-    if record.row.restart_count:
-        record.row = record.row._replace(restart_count=0)
-        core.db.set_restart_count(record.id, 0)
+    with core.mutex:
+        if record.row.restart_count:
+            record.row = record.row._replace(restart_count=0)
+            core.db.set_restart_count(record.id, 0)
 
 
 def hold(core: Core, record: Record, held: bool) -> None:
@@ -69,14 +70,14 @@ def start_again(core: Core, record: Record) -> None:
     with record.lock:
         if record.removing or record.row.held or record.state.status is not Status.RESTARTING:
             return
-        record.row = record.row._replace(restart_count=record.row.restart_count + 1)
-        core.db.set_restart_count(record.id, record.row.restart_count)
         try:
             _start(core, record)
         except AmbiError as error:
             with core.mutex:
                 core.set_state(record, record.state._replace(status=Status.EXITED))
             _failed(core, record, error)
+            with core.mutex:
+                core.settle(record, "not-running", ExitStatus(record.state.exit_code, error.message))
             raise
 
 

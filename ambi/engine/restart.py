@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import threading
-import time
 from typing import TYPE_CHECKING, NamedTuple
 
 from ambi.core.errors import AmbiError
@@ -52,6 +51,14 @@ class Restarts:
         self._pauses: dict[str, float] = {}  # instance to seconds before its next restart
         self._waiting: dict[str, int] = {}  # instance to the number of its action
         self._lock = threading.Lock()
+        self._open = False  # whether the engine has found what lives on; a restart before would race with that
+
+    def begin(self) -> None:
+        """The engine knows its instances: start those that policies want to run."""
+        self._open = True
+        for record in self._core.registry:
+            if record.run is None:
+                self._restored(record, booted=record.row.boot_id not in ("", self._core.boot_id))
 
     def wanted(self, record: Record, status: ExitStatus) -> bool:
         """Whether the policy of `record` starts it again after this end."""
@@ -59,8 +66,18 @@ class Restarts:
             return False
         return policy_of(record.row.spec.host).wants(status.code, record.row.restart_count)
 
+    def count(self, record: Record) -> None:
+        """One more restart is on its way."""
+        record.row = record.row._replace(restart_count=record.row.restart_count + 1)
+        try:
+            self._core.db.set_restart_count(record.id, record.row.restart_count)
+        except AmbiError as error:  # it is restarted all the same
+            log.error("%s: restart count: %s", record.id[:12], error)
+
     def schedule(self, record: Record) -> None:
         """Start `record` again after its pause, unless that is called off."""
+        if not self._open:
+            return
         ran_s = (record.state.finished_ns - record.state.started_ns) / 1e9
         with self._lock:
             pause = FIRST_S if ran_s >= LONG_RUN_S else self._pauses.get(record.id, FIRST_S)
@@ -88,6 +105,9 @@ class Restarts:
         if record.state.status is not Status.RESTARTING:
             return False
         self._core.set_state(record, record.state._replace(status=Status.EXITED))
+        status = ExitStatus(record.state.exit_code, record.state.error)
+        for condition in ("not-running", "next-exit"):
+            self._core.settle(record, condition, status)
         return True
 
     def forget_pause(self, record: Record) -> None:
@@ -95,16 +115,16 @@ class Restarts:
         with self._lock:
             self._pauses.pop(record.id, None)
 
-    def after_restore(self, record: Record, *, booted: bool) -> None:
-        """What a new engine has to do for an instance that does not run. booted: the host has been started since."""
-        policy = policy_of(record.row.spec.host)
+    def _restored(self, record: Record, *, booted: bool) -> None:
+        """An instance that does not run. booted: the host has been started since it did."""
         if record.state.status is Status.RESTARTING:
             self.schedule(record)
-        elif booted and record.state.started_ns and not record.removing:
-            held = record.row.held and policy.name != "always"
-            if not held and policy.wants(record.state.exit_code or 1, record.row.restart_count):
-                self._core.set_state(
-                    record,
-                    record.state._replace(status=Status.RESTARTING, finished_ns=record.state.finished_ns or time.time_ns()),
-                )
-                self.schedule(record)
+            return
+        policy, state = policy_of(record.row.spec.host), record.state
+        if not booted or state.status is not Status.EXITED or (record.row.held and policy.name != "always"):
+            return
+        if policy.wants(state.exit_code, record.row.restart_count):
+            record.row = record.row._replace(held=False)
+            self._core.db.set_held(record.id, False)
+            self._core.set_state(record, state._replace(status=Status.RESTARTING))
+            self.schedule(record)

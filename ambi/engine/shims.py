@@ -13,7 +13,7 @@ from typing import Any
 
 from ambi.core.deadline import Deadline
 from ambi.core.errors import AmbiError, Internal, Unavailable, from_os_error
-from ambi.core.model import ExitStatus
+from ambi.core.model import ExitStatus, Status
 from ambi.core.plan import LaunchPlan
 from ambi.engine import execs
 from ambi.engine.core import KILLED_WITH_SHIM, Core
@@ -252,3 +252,5 @@ class Notices:
                 self._core.exited(record, run, status)
             elif record.state.running:
                 self._core.record_exit(record, status)
+                if record.state.status is Status.RESTARTING:
+                    self._core.restarts.schedule(record)
