@@ -58,7 +58,7 @@ COMMANDS: dict[str, Entry] = {
     "inspect": Entry(INSTANCES, "inspect", "inspect", "Show everything about instances, images, networks or volumes."),
     "top": Entry(INSTANCES, "top", "top", "List the processes of an instance."),
     "stats": Entry(INSTANCES, "stats", "stats", "Show what instances use, live."),
-    "port": Entry(INSTANCES, "port", "port", "Show where an instance's ports are published."),
+    "port": Entry(INSTANCES, "port", "port", "Show where the ports of an instance are published, one or all."),
     "network": Entry(NETWORKS, "network", "network", "Manage networks."),
     "volume": Entry(NETWORKS, "volume", "volume", "Manage volumes."),
     "image": Entry(IMAGES, "image", "image", "Manage images."),

@@ -44,7 +44,7 @@ def test_networks_and_ports_pass_without_a_warning() -> None:
 @pytest.mark.parametrize(
     "host,flag",
     [
-        ({"RestartPolicy": {"Name": "always"}}, "--restart"),
+        ({"RestartPolicy": {"Name": "sometimes"}}, "restart policy"),
         ({"BlkioWeight": 10}, "--blkio-weight"),
         ({"DeviceRequests": [{"Count": -1}]}, "--gpus"),
         ({"MemorySwappiness": 10}, "--memory-swappiness"),
@@ -83,7 +83,8 @@ def test_what_a_vm_cannot_do_is_refused_for_a_vm_alone(host: dict[str, Any], fla
 @pytest.mark.parametrize(
     "config",
     [
-        {"Image": "x", "Healthcheck": {"Test": ["CMD", "true"]}},
+        {"Image": "x", "Healthcheck": {"Test": ["MAYBE", "true"]}},
+        {"Image": "x", "Healthcheck": {"Test": ["CMD", "true"], "Interval": 10}},
         {"Image": "x", "MacAddress": "02:00:00:00:00"},
         {"Image": "x", "MacAddress": "01:00:00:00:00:01"},
         {"Image": "x", "ExposedPorts": {"80/ftp": {}}},
