@@ -127,6 +127,12 @@ class ImageService:
             self._event("tag", copied.image.id, target)
         return copied
 
+    def bill_of_materials(self, name: str, form: str) -> bytes:
+        """JSON in the form `spdx` or `cyclonedx`. Raises NotFound, InvalidRequest, Unsupported."""
+        from images.sbom.document import bill_of_materials
+
+        return bill_of_materials(self._store, self.resolve(name), form)
+
     def describe(self, name: str, credentials: Credentials) -> Document:
         """The manifest or index that a registry has under `name`."""
         from images import pull, reference

@@ -5,6 +5,8 @@ Requests, each with two descriptors (source to read, target to write), one after
     {"do": "erofs", "limit": bytes}     -> {"ok": Converted}       target: an empty file
     {"do": "tree", "limit": bytes}      -> {"ok": Converted}       target: a pipe to `apply.apply`, operations as frames
     {"do": "split"}                     -> {"ok": {}}              target: a pipe; members of an archive as frames
+    {"do": "pick", "pattern", "limit"}  -> {"ok": {}}              target: a pipe; of a layer the small files whose path
+                                                                  matches, and what hides files of lower layers
 
 or `{"error": an error of the tree}`, after which the worker ends. A frame is four bytes of length, so much JSON, and as many
 bytes as the JSON's `data` says. Names travel as latin-1 text, which keeps any bytes.
@@ -13,6 +15,7 @@ bytes as the JSON's `data` says. Names travel as latin-1 text, which keeps any b
 from __future__ import annotations
 
 import os
+import re
 import socket
 import sys
 from collections.abc import Iterator
@@ -25,7 +28,7 @@ from images.layers.convert import convert
 from images.layers.erofs import ErofsWriter
 from images.layers.frames import FrameWriter
 from images.layers.operations import OperationsSink
-from images.layers.tar import TarReader
+from images.layers.tar import Entry, TarReader
 
 READ_BYTES = 256 << 10
 
@@ -69,6 +72,9 @@ def _do(job: dict[str, Any], source: int, target: int) -> dict[str, Any]:
     if kind == "split":
         _split(source, FrameWriter(target))
         return {}
+    if kind == "pick":
+        _pick(source, FrameWriter(target), re.compile(job["pattern"].encode()), job["limit"])
+        return {}
     sink = ErofsWriter(target) if kind == "erofs" else OperationsSink(FrameWriter(target))
     return convert(_chunks(source), sink, job["limit"])._asdict()
 
@@ -91,6 +97,36 @@ def _split(source: int, out: FrameWriter) -> None:
             out.data(piece)
     reader.drain()
     out.frame({"end": True, "data": 0})
+
+
+def _pick(source: int, out: FrameWriter, pattern: re.Pattern[bytes], limit: int) -> None:
+    """Frames of three kinds: `f`, a file with its bytes; `hidden`, a path that the layer takes away or that is no
+    directory in it; `opaque`, a directory that shows nothing of lower layers."""
+    reader = TarReader(iter(decoder.Decoder(_chunks(source))))
+    for entry in reader:
+        folder, _, base = entry.path.rpartition(b"/")
+        name, kind = entry.path, "hidden"
+        if base == b".wh..wh..opq":
+            name, kind = folder, "opaque"
+        elif base.startswith(b".wh."):
+            name = (folder + b"/" if folder else b"") + base[4:]
+        elif entry.kind == "f" and pattern.fullmatch(entry.path.removeprefix(b"./").lstrip(b"/")):
+            _picked(entry, reader, out, limit)
+            continue
+        elif entry.kind != "l":
+            continue
+        out.frame({"name": name.decode("latin-1"), "kind": kind, "data": 0})
+    reader.drain()
+    out.frame({"end": True, "data": 0})
+
+
+def _picked(entry: Entry, reader: TarReader, out: FrameWriter, limit: int) -> None:
+    name = entry.path.decode("latin-1")
+    if entry.size > limit or entry.extents is not None:
+        raise Unsupported(f"{name} has {entry.size} bytes or is sparse: it is no package database")
+    out.frame({"name": name, "kind": "f", "data": entry.size})
+    for piece in reader.pieces():
+        out.data(piece)
 
 
 if __name__ == "__main__":

@@ -278,12 +278,29 @@ def verify(app: App, repair: bool) -> None:
         raise ExitWith(1)
 
 
-@image.command("inspect", cls=DockerCommand)
+class _Inspect(DockerCommand):
+    """`--sbom` may stand alone; click would take the image for its value."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, ["--sbom=spdx" if arg == "--sbom" else arg for arg in args])
+
+
+@image.command("inspect", cls=_Inspect)
 @flags.option("-f", "--format", "template", metavar="FORMAT", help="`json` or a Go template such as '{{.Id}}'.")
+@flags.option("--sbom", metavar="[=spdx|cyclonedx]", help="What packages the one image has, as SPDX or CycloneDX JSON.")
 @click.argument("images", nargs=-1, required=True, metavar="IMAGE...", shell_complete=complete.images)
 @pass_app
-def inspect(app: App, images: tuple[str, ...], template: str | None) -> None:
+def inspect(app: App, images: tuple[str, ...], template: str | None, sbom: str | None) -> None:
     """Show everything about images."""
+    if sbom is not None:
+        if len(images) > 1 or template is not None:
+            raise InvalidRequest("--sbom is of one image, without --format", hint=f"ambi image inspect --sbom {images[0]}")
+        with looked_up(app, images[0], image_names):
+            response = app.client.stream("GET", f"/ambi{path_of('images', images[0], 'sbom')}", {"format": sbom})
+        for data in response.chunks():
+            sys.stdout.buffer.write(data)
+        sys.stdout.buffer.write(b"\n")
+        return
     show(images, template, on(app, image_names)(lambda name: app.client.get(path_of("images", name, "json"))))
 
 

@@ -1,0 +1,1 @@
+"""Bills of materials: what packages an image has, told by the databases in its layers."""

@@ -1,0 +1,108 @@
+"""The small files of an image that say what is installed in it: found in its layers, the highest one first.
+
+A worker picks them out of the layers' archives; nothing is mounted or unpacked. A whiteout hides what lies below it, as does
+a file or link where a lower layer has a directory.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+from ambi.core.errors import AmbiError, Corrupt, Internal, Unsupported
+from images.layers.frames import FrameReader
+from images.layers.supervisor import Worker, pipe
+from images.members import clean
+
+if TYPE_CHECKING:
+    from images.model import Image
+    from images.store import Store
+
+# What `re.fullmatch` picks of a path, which has no leading slash.
+PATTERN = (
+    r"var/lib/dpkg/(status|status\.d/[^/]+)|(usr/)?lib/apk/db/installed|(usr/lib|etc)/os-release"
+    r"|(usr/lib/sysimage|var/lib)/rpm/(rpmdb\.sqlite|Packages|Packages\.db)"
+    r"|.*\.(dist-info/METADATA|egg-info/PKG-INFO|egg-info)|(.*/)?node_modules/(@[^/]+/)?[^/@]+/package\.json"
+)
+FILE_BYTES = 64 << 20
+ALL_BYTES = 256 << 20
+
+
+class _Layer(NamedTuple):
+    """hidden: paths that the layer takes away. opaque: directories that show nothing of lower layers."""
+
+    files: dict[str, bytes]
+    hidden: set[str]
+    opaque: set[str]
+
+
+def read(store: Store, image: Image) -> dict[str, bytes]:
+    """Path to content. Raises Corrupt, and Unsupported for more than a bill of materials can be made of."""
+    found: dict[str, bytes] = {}
+    with store.hold(image.layers), Worker() as worker:
+        for row in store.image_layers(image):
+            source = store.content.open(row.blob)
+            try:
+                layer = _pick(worker, source)
+            finally:
+                os.close(source)
+            found = {path: data for path, data in found.items() if not _is_hidden(path, layer)} | layer.files
+            if sum(map(len, found.values())) > ALL_BYTES:
+                raise Unsupported(f"the package databases of {image.id} have more than {ALL_BYTES >> 20} MiB")
+    return found
+
+
+def _is_hidden(path: str, layer: _Layer) -> bool:
+    parts = path.split("/")
+    above = ["/".join(parts[:count]) for count in range(len(parts))]
+    return any(x in layer.opaque for x in above) or any(x in layer.hidden for x in (*above[1:], path))
+
+
+def _pick(worker: Worker, source: int) -> _Layer:
+    take, give = pipe()
+    try:
+        worker.start({"do": "pick", "pattern": PATTERN, "limit": FILE_BYTES}, source, give)
+    except BaseException:
+        os.close(take)
+        raise
+    finally:
+        os.close(give)
+    layer, broken = _Layer({}, set(), set()), None
+    try:
+        _take(FrameReader(take), layer)
+    except AmbiError as error:
+        broken = error
+    finally:
+        os.close(take)
+    try:
+        worker.result()
+    except Internal as error:
+        raise broken or error from None
+    if broken is not None:
+        raise broken
+    return layer
+
+
+def _take(frames: FrameReader, layer: _Layer) -> None:
+    size = 0
+    while (frame := frames.frame()) is not None and not frame.get("end"):
+        name, kind = clean(str(frame["name"])), frame.get("kind")
+        size += frame["data"] + 64
+        if size > ALL_BYTES:
+            raise Unsupported(f"the package databases of a layer have more than {ALL_BYTES >> 20} MiB")
+        if kind == "f":
+            data = bytearray()
+            frames.copy(frame["data"], data.extend)
+            layer.files[name] = bytes(data)
+        elif kind == "opaque":
+            layer.opaque.add(name)
+        elif kind == "hidden":
+            layer.hidden.add(name)
+        else:
+            raise Corrupt("the image worker sent a frame of another form")
+
+
+def unread(found: Sequence[str]) -> list[str]:
+    """Databases that nothing here reads: rpm's, whose libraries need librpm."""
+    return [path for path in found if "/rpm/" in path]

@@ -1,0 +1,139 @@
+"""Bills of materials of images with the databases of dpkg, apk, Python and npm in several layers."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import io
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from cyclonedx.schema import SchemaVersion
+from cyclonedx.validation.json import JsonStrictValidator
+from spdx_tools.spdx.parser.jsonlikedict.json_like_dict_parser import JsonLikeDictParser
+from spdx_tools.spdx.validation.document_validator import validate_full_spdx_document
+
+from ambi.core.errors import Corrupt, InvalidRequest, Unsupported
+from images.model import Image
+from images.sbom import databases
+from images.sbom.document import bill_of_materials
+from images.sbom.packages import packages
+from images.store import Store
+from tests.layerkit import directory, member, symlink, tar_bytes
+from tests.registrykit import FaultyRegistry
+
+GZIP = "application/vnd.oci.image.layer.v1.tar+gzip"
+DPKG = b"""Package: libc6
+Status: install ok installed
+Maintainer: GNU Libc <libc@example.org>
+Architecture: amd64
+Version: 2.36-9+deb12u4
+Description: C library
+ Package: not-one
+
+Package: gone
+Status: deinstall ok config-files
+Version: 1
+"""
+
+
+@pytest.fixture
+def store(short_tmp: Path) -> Iterator[Store]:
+    it = Store.open(short_tmp / "images")
+    yield it
+    it.close()
+
+
+def pulled(store: Store, *layers: bytes) -> Image:
+    registry = FaultyRegistry()
+    try:
+        registry.add_image([(gzip.compress(x, 1), GZIP, "sha256:" + hashlib.sha256(x).hexdigest()) for x in layers])
+        return store.pull(f"{registry.address}/app:1").image
+    finally:
+        registry.close()
+
+
+def named(store: Store, image: Image) -> set[tuple[str, str, str]]:
+    return {(x.kind, x.name, x.version) for x in packages(databases.read(store, image))}
+
+
+def many(store: Store) -> Image:
+    site = "usr/lib/python3/dist-packages"
+    lower = tar_bytes(
+        directory("etc"), member("usr/lib/os-release", b'ID="ubuntu"\n'), member("var/lib/dpkg/status", DPKG),
+        member("var/lib/dpkg/status.d/base", b"Package: base-files\nVersion: 12\nArchitecture: all\n"),
+        member("./lib/apk/db/installed", b"P:musl\nV:1.2-r1\nA:x86_64\nL:MIT\n\nP:zlib\nV:1.3-r0\nA:x86_64\nL:Zlib\n"),
+        member(f"{site}/Two_Words-1.0.dist-info/METADATA", b"Name: Two_Words\nVersion: 1.0\n\nName: x\n"),
+        member(f"{site}/old-1.dist-info/METADATA", b"Name: old\nVersion: 1\n"),
+        member("app/node_modules/@team/it/package.json", b'{"name": "@team/it", "version": "3.1.0", "license": "ISC"}'),
+        member("app/node_modules/it/package.json", b"not JSON"),
+        member("data/node_modules/late/package.json", b'{"name": "late", "version": "1.0.0"}'),
+        member("opt/dir/x.egg-info/PKG-INFO", b"Name: x\nVersion: 9\n"),
+    )  # fmt: skip
+    upper = tar_bytes(
+        member(f"{site}/.wh.old-1.dist-info", b""), member("data/.wh..wh..opq", b""), symlink("opt/dir", "/elsewhere"),
+        member("lib/apk/db/installed", b"P:musl\nV:1.2-r2\nA:x86_64\nL:MIT\n"),
+    )  # fmt: skip
+    return pulled(store, lower, upper)
+
+
+def test_layers_on_top_win(store: Store) -> None:
+    assert named(store, many(store)) == {
+        ("deb", "libc6", "2.36-9+deb12u4"), ("deb", "base-files", "12"), ("apk", "musl", "1.2-r2"),
+        ("pypi", "two-words", "1.0"), ("npm", "it", "3.1.0"),
+    }  # fmt: skip
+
+
+def test_documents_are_valid_and_the_same_each_time(store: Store) -> None:
+    image = many(store)
+    spdx, cyclonedx = (bill_of_materials(store, image, form) for form in ("spdx", "cyclonedx"))
+    assert (spdx, cyclonedx) == tuple(bill_of_materials(store, image, form) for form in ("spdx", "cyclonedx"))
+    document = JsonLikeDictParser().parse(json.loads(spdx))
+    assert validate_full_spdx_document(document) == []
+    purls = {ref.locator for package in document.packages for ref in package.external_references}
+    assert "pkg:deb/ubuntu/libc6@2.36-9%2Bdeb12u4?arch=amd64" in purls and "pkg:npm/%40team/it@3.1.0" in purls
+    assert JsonStrictValidator(SchemaVersion.V1_6).validate_str(cyclonedx.decode()) is None
+    assert {x["purl"] for x in json.loads(cyclonedx)["components"]} == purls
+    with pytest.raises(InvalidRequest, match="'swid' is no format"):
+        bill_of_materials(store, image, "swid")
+
+
+def test_rpm_is_named_and_not_read(store: Store) -> None:
+    image = pulled(store, tar_bytes(member("var/lib/rpm/rpmdb.sqlite", b"SQLite format 3\0")))
+    assert b"var/lib/rpm/rpmdb.sqlite could not be read" in bill_of_materials(store, image, "spdx")
+    assert b"var/lib/rpm/rpmdb.sqlite could not be read" in bill_of_materials(store, image, "cyclonedx")
+
+
+def test_hostile_databases(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Control characters, names without end and deep JSON come to nothing; what is too large is refused, and by name."""
+    deep = b"[" * 100_000
+    text = b"Package: a\x1b[31m\nStatus: install ok installed\nVersion: 1\n\nPackage: " + b"n" * 300 + b"\nVersion: 1\n"
+    image = pulled(
+        store, tar_bytes(member("var/lib/dpkg/status", text), member("node_modules/deep/package.json", deep),
+                         member("node_modules/up/package.json", b'{"name": {}, "version": []}'))
+    )  # fmt: skip
+    assert named(store, image) == {("deb", "a\ufffd[31m", "1")}
+    monkeypatch.setattr("images.sbom.databases.FILE_BYTES", 10)
+    with pytest.raises(Unsupported, match=r"var/lib/dpkg/status has .* bytes or is sparse"):
+        databases.read(store, image)
+    monkeypatch.undo()
+    blob = store.content.path(store.image_layers(image)[0].blob)
+    os.truncate(blob, blob.stat().st_size // 2)
+    with pytest.raises(Corrupt, match="cut short"):
+        databases.read(store, image)
+
+
+def test_a_real_status_file(store: Store) -> None:
+    """Every package that this host's dpkg says is installed."""
+    import subprocess
+
+    image = store.import_tar(
+        io.BytesIO(tar_bytes(member("var/lib/dpkg/status", Path("/var/lib/dpkg/status").read_bytes()))), ""
+    )
+    told = subprocess.run(["dpkg-query", "-W", "-f", "${db:Status-Status} ${Package} ${Version}\n"], capture_output=True,
+                          text=True, check=True).stdout  # fmt: skip
+    wanted = {("deb", *line.split()[1:]) for line in told.splitlines() if line.startswith("installed ")}
+    assert named(store, image) == wanted
