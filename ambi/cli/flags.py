@@ -46,6 +46,11 @@ def filter_option(text: str) -> Callable[[F], F]:
     return many("-f", "--filter", "filters", metavar="KEY=VALUE", help=text)
 
 
+def prune_filter_option(text: str) -> Callable[[F], F]:
+    """As docker's prune has it: `-f` is --force."""
+    return many("--filter", "filters", metavar="KEY=VALUE", help=text)
+
+
 def apply(options: list[Callable[[F], F]], command: F) -> F:
     """`command` with `options`, listed in this order in its help."""
     for option in reversed(options):

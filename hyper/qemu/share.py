@@ -107,7 +107,7 @@ def _serve(tag: str, path: Path, run_dir: Path, cgroup: Cgroup, output: int, bin
         raise Unsupported("bind mounts into a virtual machine need virtiofsd", hint=INSTALL)
     listener, sock = _socket_to(run_dir, tag)
     try:
-        argv = [exe, f"--fd={listener.fileno()}", *_options(exe, path)]
+        argv = [exe, f"--fd={listener.fileno()}", *_options(exe, path, shared=bool(binds))]
 
         def prepare() -> None:
             cgroup.join()
@@ -149,7 +149,9 @@ def _socket_to(run_dir: Path, tag: str) -> tuple[socket.socket, socket.socket]:
     return listener, sock
 
 
-def _options(exe: str, path: Path) -> list[str]:
+def _options(exe: str, path: Path, *, shared: bool) -> list[str]:
+    """shared: others write there, too, and the guest is to see it at once: it asks again each time, where `auto` alone
+    believes sizes and names for a second. The program in Rust has no such option, so there it is that second."""
     if exe == C_PROGRAM:
         # rlimit-nofile=0 leaves the limit alone: raising it needs CAP_SYS_RESOURCE, and failing to is fatal there.
         return [
@@ -157,7 +159,7 @@ def _options(exe: str, path: Path) -> list[str]:
             "-o",
             f"source={path}",
             "-o",
-            "sandbox=namespace,xattr,announce_submounts,cache=auto",
+            "sandbox=namespace,xattr,announce_submounts,cache=auto" + (",timeout=0" if shared else ""),
             "--rlimit-nofile=0",
         ]
     return [f"--shared-dir={path}", "--sandbox=namespace", "--xattr", "--announce-submounts", "--cache=auto",

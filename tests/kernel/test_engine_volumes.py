@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import subprocess
 import tempfile
@@ -54,6 +55,10 @@ def out(engine: EngineUnderTest, *args: str) -> str:
 
 def names(engine: EngineUnderTest, *args: str) -> list[str]:
     return out(engine, "volume", "ls", "-q", *args).split()
+
+
+def succeeds(engine: EngineUnderTest, command: list[str]) -> bool:
+    return engine.docker(*command).returncode == 0
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
@@ -226,7 +231,8 @@ def test_mounts_propagate_as_asked(engine: EngineUnderTest, tmp_path: Path) -> N
             mount = f"mount -t tmpfs tmpfs /p/{name} && touch /p/{name}/file && sleep 99"
             options = ["--privileged", "-v", f"{place}:/p:r{name}"]
             run(engine, "-d", "--name", name, *options, "busybox", "sh", "-c", mount, check=True)
-            wait_until(lambda name=name: engine.docker("exec", name, "test", "-e", f"/p/{name}/file").returncode == 0)
+            mounted = ["exec", name, "test", "-e", f"/p/{name}/file"]
+            wait_until(functools.partial(succeeds, engine, mounted))
             assert (place / name / "file").exists() is (name == "shared")
             subprocess.run(["mount", "-t", "tmpfs", "tmpfs", place / f"host-{name}"], check=True)
             (place / f"host-{name}" / "seen").touch()

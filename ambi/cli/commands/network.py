@@ -166,7 +166,7 @@ def remove(app: App, names: tuple[str, ...], force: bool) -> None:
 
 @network.command("prune", cls=DockerCommand)
 @flags.switch("-f", "--force", help="Do not ask.")
-@flags.filter_option("By label or until.")
+@flags.prune_filter_option("By label or until.")
 @pass_app
 def prune(app: App, force: bool, filters: tuple[str, ...]) -> None:
     """Remove every network that no instance is on."""

@@ -113,7 +113,7 @@ def remove(app: App, names: tuple[str, ...], force: bool) -> None:
 @volume.command("prune", cls=DockerCommand)
 @flags.switch("-a", "--all", "everything", help="Named volumes, too.")
 @flags.switch("-f", "--force", help="Do not ask.")
-@flags.filter_option("By label.")
+@flags.prune_filter_option("By label.")
 @pass_app
 def prune(app: App, everything: bool, force: bool, filters: tuple[str, ...]) -> None:
     """Remove anonymous volumes that no instance uses."""
