@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Iterable
 from typing import Any
 
 import click
@@ -23,9 +24,11 @@ COLUMNS = Columns(
         "CPUPerc": "CPU %",
         "MemUsage": "MEM USAGE / LIMIT",
         "MemPerc": "MEM %",
+        "NetIO": "NET I/O",
+        "BlockIO": "BLOCK I/O",
         "PIDs": "PIDS",
     },
-    ("ID", "Name", "CPUPerc", "MemUsage", "MemPerc", "PIDs"),
+    ("ID", "Name", "CPUPerc", "MemUsage", "MemPerc", "NetIO", "BlockIO", "PIDs"),
 )
 
 
@@ -88,8 +91,25 @@ def _row(now: dict[str, Any], before: dict[str, Any], *, whole: bool) -> dict[st
         "CPUPerc": f"{_cpu_percent(now['cpu_stats'], before['cpu_stats']):.2f}%",
         "MemUsage": f"{humanize.binary_size(max(0, used))} / {humanize.binary_size(limit)}",
         "MemPerc": f"{used / limit * 100 if limit else 0:.2f}%",
+        "NetIO": _traffic(now.get("networks") or {}),
+        "BlockIO": _blocks((now.get("blkio_stats") or {}).get("io_service_bytes_recursive") or ()),
         "PIDs": now["pids_stats"].get("current", 0),
     }
+
+
+def _traffic(networks: dict[str, dict[str, int]]) -> str:
+    """Received and sent by all interfaces."""
+    return " / ".join(humanize.size(sum(nic[key] for nic in networks.values())) for key in ("rx_bytes", "tx_bytes"))
+
+
+def _blocks(entries: Iterable[dict[str, Any]]) -> str:
+    """Read from and written to all devices."""
+    sums = {"r": 0, "w": 0}
+    for entry in entries:
+        kind = entry["op"][:1].lower()
+        if kind in sums:
+            sums[kind] += entry["value"]
+    return f"{humanize.size(sums['r'])} / {humanize.size(sums['w'])}"
 
 
 def _cpu_percent(now: dict[str, Any], before: dict[str, Any]) -> float:
