@@ -235,8 +235,6 @@ def test_what_is_not_there_says_so(client: RawClient) -> None:
     for method, path, text in (
         ("GET", "/images/search?term=x", "searching a registry"),
         ("POST", "/build", "building is not available"),
-        ("POST", "/networks/create", "user-defined networks"),
-        ("POST", "/volumes/create", "named volumes"),
         ("POST", "/containers/x/pause", "pausing a container"),
     ):
         status, answer = client.call(method, path, {})
