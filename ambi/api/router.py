@@ -76,8 +76,10 @@ class Router:
         if whole is not None:
             found.append(("", whole))
         parts = path.split("/")
-        if len(parts) > 3 and (named := self._named.get((parts[1], parts[-1]))) is not None:
-            found.append(("/".join(parts[2:-1]), named))
+        for count in (2, 1):  # `attach/ws` is a verb too
+            verb = "/".join(parts[-count:])
+            if len(parts) > 2 + count and (named := self._named.get((parts[1], verb))) is not None:
+                found.append(("/".join(parts[2:-count]), named))
         if len(parts) > 2 and (named := self._named.get((parts[1], ""))) is not None:
             found.append(("/".join(parts[2:]), named))
         return [(name, methods) for name, methods in found if methods is whole or (name and name[0] != "/")]

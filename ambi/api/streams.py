@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import socket
+import threading
 from typing import Any, cast
 
+from ambi.api import websocket
 from ambi.api.containers import terminal_size
 from ambi.api.exchange import Call, Reply, json_reply, to_json
 from ambi.api.router import Route
@@ -20,21 +23,47 @@ def _keys(text: str) -> bytes | None:
     return detach_keys(text) if text else None
 
 
-def attach(call: Call) -> None:
+def _attach_of(call: Call, *, framed: bool) -> Attach:
     query = call.query
-    instance = call.engine.get(call.name)
-    how = Attach(
+    return Attach(
         stdin=query.flag("stdin"),
         stdout=query.flag("stdout"),
         stderr=query.flag("stderr"),
         logs=query.flag("logs"),
         stream=query.flag("stream"),
-        framed=not instance.tty,
+        framed=framed,
         detach_keys=_keys(query.text("detachKeys")),
     )
+
+
+def attach(call: Call) -> None:
+    instance = call.engine.get(call.name)
+    how = _attach_of(call, framed=not instance.tty)
     call.json_body()  # a body would stand before the raw stream
     engine, id = call.engine, instance.id
     call.hand_over(lambda sock, pending, head: engine.attach(id, how, sock, pending, head), framed=how.framed)
+
+
+def attach_websocket(call: Call) -> None:
+    """The streams unframed in binary messages, as Docker has them. This thread stays between client and shim."""
+    head = websocket.switch(call.request.headers)
+    how = _attach_of(call, framed=False)
+    instance, connection = call.engine.get(call.name), call.connection
+    ours, theirs = socket.socketpair()
+    bridge = websocket.Bridge(connection.socket, ours, connection.pending())
+    thread = threading.Thread(target=bridge.run, name="websocket", daemon=True)  # a log is written before attach returns
+
+    def write_head() -> None:
+        connection.hijack(head)
+        thread.start()
+
+    try:
+        with theirs:
+            call.engine.attach(instance.id, how, theirs, b"", write_head)
+    finally:
+        if thread.ident is not None:
+            thread.join()
+        ours.close()
 
 
 def wait(call: Call) -> None:
@@ -141,6 +170,7 @@ def exec_resize(call: Call) -> Reply:
 
 ROUTES = (
     Route("POST", "/containers/{}/attach", attach),
+    Route("GET", "/containers/{}/attach/ws", attach_websocket),
     Route("POST", "/containers/{}/wait", wait),
     Route("POST", "/containers/{}/exec", exec_create),
     Route("POST", "/exec/{}/start", exec_start),
