@@ -37,3 +37,14 @@ class HistoryStep(NamedTuple):
     size_bytes: int
     comment: str
     names: tuple[str, ...]
+
+
+class Usage(NamedTuple):
+    """Bytes of files in layers, each layer once. shared: image id to what it has in common with others.
+
+    reclaimable_bytes: in layers that only images without an instance have.
+    """
+
+    layers_bytes: int
+    reclaimable_bytes: int
+    shared: dict[str, int]

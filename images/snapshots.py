@@ -167,9 +167,23 @@ class Snapshots:
         freed, keep = 0, self._database.snapshot_names()
         for entry in list(os.scandir(self._root)):
             if entry.name.removesuffix(".erofs") not in keep:
-                freed += entry.stat(follow_symlinks=False).st_blocks * 512
+                freed += _disk_bytes(entry)
                 discard(Path(entry.path))
         return freed
+
+
+def _disk_bytes(entry: os.DirEntry[str]) -> int:
+    """What a layer of either form takes on the disk, each inode once."""
+    inodes: dict[int, int] = {}
+    waiting = [entry]
+    while waiting:
+        found = waiting.pop()
+        status = found.stat(follow_symlinks=False)
+        inodes[status.st_ino] = status.st_blocks * 512
+        if found.is_dir(follow_symlinks=False):
+            with os.scandir(found.path) as entries:
+                waiting += entries
+    return sum(inodes.values())
 
 
 def discard(path: Path) -> None:

@@ -18,6 +18,7 @@ import fcntl
 import os
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,7 +33,7 @@ from images.content import ContentStore, Ingest
 from images.database import Database, ImageRow, LayerRow
 from images.importer import NewLayer, about, receive_layer
 from images.layers.supervisor import Worker
-from images.model import HistoryStep, Image, Removed
+from images.model import HistoryStep, Image, Removed, Usage
 from images.probe import layer_form
 from images.snapshots import FormName, Prepared, Snapshots, discard
 from images.times import parse_ns
@@ -370,6 +371,20 @@ class Store:
             self._configs.pop(item.id, None)
         self._write_index()
         return self.collect()
+
+    def usage(self, in_use: InUse) -> Usage:
+        """How much the images take, and share."""
+        with self._mutex:
+            layers = {row.id: set(self._database.layers(row.id)) for row in self._database.images()}
+        sizes = {row.diff_id: row.content_bytes for rows in layers.values() for row in rows}
+        owners = Counter(diff_id for rows in layers.values() for diff_id in {row.diff_id for row in rows})
+        used = {row.diff_id for image_id, rows in layers.items() if in_use(image_id) for row in rows}
+        shared = {
+            image_id: sum(sizes[x] for x in {row.diff_id for row in rows} if owners[x] > 1)
+            for image_id, rows in layers.items()
+        }
+        total = sum(sizes.values())
+        return Usage(total, total - sum(sizes[diff_id] for diff_id in used), shared)
 
     def collect(self) -> int:
         """Remove blobs and layers that no image needs and nobody holds; the bytes freed."""

@@ -13,7 +13,7 @@ from ambi.api.progress import ProgressStream
 from ambi.api.query import Filters, one_flag
 from ambi.api.registry import joined, pull
 from ambi.api.router import Route
-from ambi.core.errors import Conflict, InvalidRequest, NotFound, Unsupported
+from ambi.core.errors import InvalidRequest, Unsupported
 
 if TYPE_CHECKING:
     from images.store import Image, Removed
@@ -28,7 +28,11 @@ def list_images(call: Call) -> Reply:
     filters = call.query.filters(_LIST_FILTERS)
     fits = _filter(call, filters)
     found = sorted(filter(fits, call.engine.images.list()), key=lambda image: -image.created_ns)
-    return json_reply([shapes.summary(_shown(image, filters), call.version, -1) for image in found])
+    rows = [shapes.summary(_shown(image, filters), call.version, -1) for image in found]
+    if call.query.flag("shared-size"):
+        shared = call.engine.images.usage().shared
+        rows = [{**row, "SharedSize": shared.get(row["Id"], 0)} for row in rows]
+    return json_reply(rows)
 
 
 def _filter(call: Call, filters: Filters) -> Callable[[Image], bool]:
@@ -134,25 +138,17 @@ def remove(call: Call) -> Reply:
 
 
 def prune(call: Call) -> Reply:
-    """Remove images without a name, with `dangling=false` every one that no instance uses."""
+    """Remove images without a name, with `dangling=false` every one that no instance uses. Tells the disk space freed."""
     filters = call.query.filters(_PRUNE_FILTERS)
     unwanted = filters.pop("label!", [])
-    if filters.get("dangling") and not one_flag("dangling", filters.pop("dangling")):
-        fits = _filter(call, filters)
-    else:
-        fits = _filter(call, {**filters, "dangling": ["true"]})
-    deleted: list[dict[str, str]] = []
-    freed_bytes = 0
-    for image in call.engine.images.list():
-        if not fits(image) or any(has_label(shapes.labels(image), label) for label in unwanted):
-            continue
-        try:
-            removed = [item for name in image.names or (image.id,) for item in call.engine.images.remove(name)]
-        except (Conflict, NotFound):  # in use, or somebody else was faster
-            continue
-        deleted += map(_removed, removed)
-        freed_bytes += image.size_bytes if any(not item.name for item in removed) else 0
-    return json_reply({"ImagesDeleted": deleted or None, "SpaceReclaimed": freed_bytes})
+    everything = bool(filters.get("dangling")) and not one_flag("dangling", filters.pop("dangling"))
+    fits = _filter(call, filters)
+
+    def wanted(image: Image) -> bool:
+        return fits(image) and not any(has_label(shapes.labels(image), label) for label in unwanted)
+
+    removed, freed_bytes = call.engine.images.prune(wanted, everything=everything)
+    return json_reply({"ImagesDeleted": list(map(_removed, removed)) or None, "SpaceReclaimed": freed_bytes})
 
 
 def _removed(item: Removed) -> dict[str, str]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 import signal
 
-from ambi.api.exchange import NO_CONTENT, Call, Reply, json_reply
+from ambi.api.exchange import JSON_HEADERS, NO_CONTENT, Call, Reply, json_reply
 from ambi.api.progress import ProgressStream
 from ambi.api.router import Route
 from ambi.api.words import rfc3339_nano
@@ -72,7 +72,7 @@ def verify(call: Call) -> None:
 
 def bill_of_materials(call: Call) -> Reply:
     data = call.engine.images.bill_of_materials(call.name, call.query.text("format") or "spdx")
-    return Reply(200, data)
+    return Reply(200, data, JSON_HEADERS)
 
 
 ROUTES = (

@@ -119,14 +119,22 @@ def _operating_system() -> str:
 
 
 def disk_usage(call: Call) -> Reply:
-    """Space by kind. Layers that images share are counted with each of them, as the store tells sizes by image."""
+    """Space by kind. A layer that images share is told with each of them, and counted once in LayersSize.
+
+    LayersReclaimable is ours: bytes of layers that no instance needs.
+    """
     engine, instances = call.engine, call.engine.list(True, {})
     images = engine.images.list()
     users = [instance.image_id for instance in instances]
     rows = [{**instance_shapes.summary(it), **containers.sizes(engine, it)} for it in instances]
-    shown = [{**image_shapes.summary(it, call.version, users.count(it.id)), "SharedSize": 0} for it in images]
+    usage = engine.images.usage()
+    shown = [
+        {**image_shapes.summary(it, call.version, users.count(it.id)), "SharedSize": usage.shared.get(it.id, 0)}
+        for it in images
+    ]
     return json_reply({
-        "LayersSize": sum(image.size_bytes for image in images),
+        "LayersSize": usage.layers_bytes,
+        "LayersReclaimable": usage.reclaimable_bytes,
         "Images": shown,
         "Containers": rows,
         "Volumes": [volumes.with_usage(engine.volumes, it) for it in engine.volumes.all()],

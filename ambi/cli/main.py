@@ -75,6 +75,7 @@ COMMANDS: dict[str, Entry] = {
     "history": Entry(IMAGES, "image", "history", "Show how an image was made."),
     "events": Entry(ENGINE, "events", "events", "Show what happens, as it happens."),
     "info": Entry(ENGINE, "info", "info", "Show what the engine has and can do."),
+    "system": Entry(ENGINE, "system", "system", "Show what takes space."),
     "engine": Entry(ENGINE, "engine", "engine", "Run, start, stop and look at the engine."),
     "doctor": Entry(ENGINE, "doctor", "doctor", "Check what this host can do, with a fix for what it cannot."),
     "version": Entry(ENGINE, "info", "version", "Show the versions of this command and of the engine."),

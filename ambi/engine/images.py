@@ -11,6 +11,7 @@ from ambi.engine.core import Core
 
 if TYPE_CHECKING:
     from images.copy import Copied
+    from images.model import Usage
     from images.pull import Pulled
     from images.push import Pushed
     from images.registry.client import Document
@@ -166,6 +167,10 @@ class ImageService:
         removed, freed_bytes = self._store.prune(fits, everything=everything, in_use=self.in_use)
         self._tell(removed)
         return removed, freed_bytes
+
+    def usage(self) -> Usage:
+        """Bytes of all layers, of those that no instance needs, and what images share."""
+        return self._store.usage(self.in_use)
 
     def _tell(self, removed: Sequence[Removed]) -> None:
         image_id = next((item.id for item in removed if item.id), "")
