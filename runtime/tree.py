@@ -11,11 +11,13 @@ from __future__ import annotations
 import fcntl
 import os
 import resource
+import select
 import signal
 import struct
 from collections.abc import Callable
 from typing import Any, NamedTuple, NoReturn
 
+from ambi.core.deadline import Deadline
 from ambi.core.errors import AmbiError, Conflict, Internal, InvalidRequest, Unsupported, from_os_error, from_wire
 from ambi.core.loop import POLLIN, Loop
 from ambi.core.plan import LaunchPlan
@@ -28,6 +30,7 @@ TreeDone = Callable[[dict[str, Any] | AmbiError], None]
 VERBS = ("stat", "get", "put", "diff", "layer", "export")
 READS, WRITES, NEITHER = "put", ("get", "diff", "layer", "export"), ("stat",)
 FOLLOW, NO_OVERWRITE_DIR_NON_DIR, COPY_IDS = 1, 2, 4
+GRACE_SECONDS = 3.0  # a copy that is nearly done when its container ends is finished
 _ANSWER_FD, _UPPER_FD, _PROGRAM_FD = 3, 4, 5
 _FIELD = struct.Struct("<HHI")
 _ANSWER_LIMIT = 64 << 10
@@ -105,9 +108,10 @@ class View:
         self._loop.later(0, lambda: done(error))
 
     def end(self) -> None:
-        """End what is under way: nothing of it holds a mount afterwards."""
+        """End what is under way, after a moment in which it may end itself: nothing of it holds a mount afterwards."""
+        by = Deadline.after(GRACE_SECONDS)
         for job in list(self._jobs):
-            job.kill()
+            job.end(by)
 
 
 class _Job:
@@ -117,9 +121,13 @@ class _Job:
         self._pidfd, self._answer, self._loop, self._done, self._forget = pidfd, answer, loop, done, forget
         loop.watch(pidfd, POLLIN, lambda _: self._ended())
 
-    def kill(self) -> None:
+    def end(self, by: Deadline) -> None:
+        """Kill it when it has not ended at `by`."""
+        poll = select.poll()
+        poll.register(self._pidfd, select.POLLIN)
         try:
-            signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+            if not poll.poll(int((by.remaining() or 0) * 1000)):
+                signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
         except ProcessLookupError:
             pass
         self._ended()

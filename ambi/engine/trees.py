@@ -80,6 +80,7 @@ def get(core: Core, id: str, path: str) -> Iterator[tuple[PathStat, BinaryIO]]:
             about = _stat(wanted, connection.call("tree", verb="stat", path=wanted))
         with received(connection, verb="get", path=wanted) as stream:
             yield about, stream
+    core.publish(record, "archive-path")
 
 
 def put(core: Core, id: str, path: str, chunks: Iterable[bytes], *, no_overwrite: bool, copy_ids: bool) -> None:
@@ -100,6 +101,7 @@ def put(core: Core, id: str, path: str, chunks: Iterable[bytes], *, no_overwrite
             os.close(writer)
             job.wait()
         job.result()
+    core.publish(record, "extract-to-dir")
 
 
 def _write_all(fd: int, chunks: Iterable[bytes]) -> None:
@@ -196,12 +198,15 @@ def looking(core: Core, record: Record) -> Iterator[ShimConnection]:
     """A connection to a shim that knows the root of `record`, running or not. Raises Conflict (it is being removed)."""
     check_present(record)
     run = _running(core, record)
-    if run is not None:
+    if run is not None and _lives(run):
         yield run.connection
         return
     with record.lock:
         check_present(record)
         run = _running(core, record)
+        if run is not None and not _lives(run):  # it has just ended, and we are about to hear of it
+            run.gone.wait(SHIM_END_S)
+            run = None
         if run is not None:
             yield run.connection
             return
@@ -216,6 +221,14 @@ def _running(core: Core, record: Record) -> Run | None:
     with core.mutex:
         run = record.run
         return run if run is not None and run.started and run.exit is None and record.state.running else None
+
+
+def _lives(run: Run) -> bool:
+    """Whether the shim has something running, as it knows itself."""
+    try:
+        return run.connection.call("state", by=soon()).get("status") in ("running", "paused")
+    except Unavailable:
+        return False
 
 
 def _prepare(core: Core, record: Record) -> Run:

@@ -27,6 +27,7 @@ from hyper.qemu.tree import Look, TreeDone
 
 VMM_DIED = 137  # the exit code of every process of a VM whose VMM ended
 POWER_OFF_S = 10.0
+LOOK_GRACE_S = 3.0  # a copy that is nearly done when the workload ends is finished
 ANSWER_S = 5.0  # for figures; a busy guest may be slow to answer, and the last ones then stand
 MAX_EXECS = 1024
 CONSOLE_FILE = "console"
@@ -258,6 +259,9 @@ class VirtualMachine:
         if self._deleted:
             return
         self._deleted = True
+        self._loop.run(
+            lambda: self._link.ended is not None or all(x.over for x in self._looks), Deadline.after(LOOK_GRACE_S)
+        )
         left = by.remaining()
         soon = Deadline.after(POWER_OFF_S if left is None else min(left / 2, POWER_OFF_S))
         if not self._link.ended and not translate.disposable(self._plan):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import tarfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -300,3 +301,29 @@ def test_without_a_workload(rig: Rig) -> None:
         assert entries(look(opened, loop, "get", "/made").stream)[0][10] == b"out\n"
         with pytest.raises(InvalidRequest, match="container rootfs is marked read-only"):
             look(opened, loop, "put", "/", send=archive(("sent", b"x")))
+
+
+def test_the_end_of_the_workload_does_not_cut_a_copy(rig: Rig) -> None:
+    plan = rig.plan(
+        ["sh", "-c", "dd if=/dev/urandom of=/data bs=64k count=32 2>/dev/null; echo ready; read end"], stdin=True
+    )
+    with rig.started_plan(plan) as running:
+        running.init.until(lambda: b"ready" in running.init.out)
+        reader, writer = os.pipe()
+        answers: list[Any] = []
+        running.created.tree({"verb": "get", "path": "/data"}, writer, answers.append)  # type: ignore[attr-defined]
+        running.init.close_stdin()
+        running.init.finish()
+        thread = threading.Thread(target=_drain, args=(reader, into := bytearray()))
+        thread.start()
+        running.created.delete(Deadline.after(30))
+        thread.join(30)
+        running.loop.run(lambda: bool(answers), Deadline.after(10))
+    assert isinstance(answers[0], dict), answers
+    assert entries(bytes(into))[0][5] == 32 << 16
+
+
+def _drain(fd: int, into: bytearray) -> None:
+    with open(fd, "rb") as file:
+        while piece := file.read1(1 << 16):
+            into += piece
