@@ -60,7 +60,42 @@ CASES = {
     "command misspelt": Case("rnu busybox", 125, r"no such command: rnu", r"did you mean run"),
     "unknown flag": Case("run --frobnicate busybox", 125, r"no such option: --frobnicate", r"ambi run --help"),
     "flag misspelt": Case("run --memroy 1g busybox", 125, r"no such option: --memroy", r"did you mean --memory"),
-    "docker's ports": Case("run -p 80:80 busybox", 125, r"no such option: -p", r"--network host"),
+    "port that is none": Case("run -p 80:x busybox true", 125, r"invalid port specification: 80:x", r"-p 8080:80"),
+    "port of no protocol": Case("run -p 80/ftp busybox true", 125, r"invalid proto.*: ftp", r"tcp, udp or sctp"),
+    "port ranges that differ": Case("run -p 1-3:1-2 busybox true", 125, r"invalid ranges", r"same length"),
+    "port of no address": Case("run -p 1.2.3:1:1 busybox true", 125, r"invalid IP address: 1\.2\.3", r"-p 127\.0\.0\.1"),
+    "port in use": Case(
+        "run --rm -p 4500:80 busybox true", 125, r"Bind for 0\.0\.0\.0:4500 failed.*by container up\)", r"-p 4501:80", BOTH
+    ),
+    "unknown network": Case("run --rm --network nope busybox true", 125, r"network nope not found", r"network ls", BOTH),
+    "address of another subnet": Case(
+        "run --rm --network net --ip 10.1.1.1 busybox true", 125, r"no configured subnet", r"10\.70\.0\.0/24", BOTH
+    ),
+    "address in use": Case(
+        "run --rm --network net --ip 10.70.0.1 busybox true", 125, r"Address already in use", r"network inspect", BOTH
+    ),
+    "address on the default network": Case(
+        "run --ip 10.1.1.1 busybox true", 125, r"user defined networks only", r"--subnet"
+    ),
+    "address that is none": Case("run --network net --ip 1.2 busybox true", 125, r"--ip: '1\.2'", r"192\.0\.2\.5"),
+    "alias on the default network": Case(
+        "run --network-alias a busybox true", 125, r"only supported for", r"network create"
+    ),
+    "MAC that is none": Case("run --mac-address 01:02 busybox true", 125, r"01:02 is not a valid mac", r"--mac-address 02:"),
+    "link to nobody": Case("run --rm --link nope busybox true", 125, r"could not get container for nope", r"ambi ps"),
+    "network named twice": Case("run --network a --network a busybox true", 125, r'"a" is specified multiple', r"once"),
+    "unknown key of a network": Case("run --network name=a,frob=1 busybox true", 125, r"invalid field frob=1", r"alias, ip"),
+    "network of a name in use": Case("network create net", 125, r"network with name net already exists", r"network rm net"),
+    "network that overlaps": Case("network create --subnet 10.70.0.0/16 b", 125, r"Pool overlaps", r"ip route"),
+    "gateway outside": Case(
+        "network create --subnet 10.71.0.0/24 --gateway 10.1.1.1 b", 125, r"no matching subnet", r"--subnet"
+    ),
+    "subnet that is none": Case("network create --subnet frob b", 125, r"invalid value for --subnet", r"10\.20\.0\.0/24"),
+    "unknown network driver": Case("network create -d frob b", 125, r"could not find plugin frob", r"bridge"),
+    "network to keep": Case("network rm bridge", 125, r"is a pre-defined network", r"--help"),
+    "unknown network to remove": Case("network rm ne", 125, r"network ne not found", r"did you mean net"),
+    "connected to what is shared": Case("network connect host up", 125, r"connected to host network", r"--help"),
+    "not connected": Case("network disconnect net up", 125, r"is not connected to network net", r"--help"),
     "flag without its value": Case("run --name", 125, r"--name", r"ambi (run )?--help"),
     "detached and attached": Case("run -d -a stdout busybox", 125, r"--attach and --detach", r"leave one of them out"),
     "two kinds": Case("run --runtime vm busybox true", 125, r"--isolation.*--runtime", r"leave|one", ("container",)),
@@ -76,7 +111,9 @@ CASES = {
         r"mkdir -p /no/such",
         BOTH,
     ),
-    "host's network": Case("run --rm --network host busybox true", 125, r"--network host", r"--network none", ("vm",)),
+    "host's network": Case(
+        "run --rm --network host busybox true", 125, r"--network host", r"--isolation container", ("vm",)
+    ),
     "host's processes": Case("run --rm --pid host busybox true", 125, r"--pid host", r"--isolation container", ("vm",)),
     "name in use": Case("run --name up busybox true", 125, r'"/up" is already in use', r"ambi rm -f up", BOTH),
     "name of a new kind": Case("run --name a/b busybox true", 125, r"\(a/b\)", r"--name web-1"),
@@ -153,7 +190,8 @@ def engines(tmp_path_factory: pytest.TempPathFactory, busybox_tar: Path) -> Iter
             it = started[kind] = OnDemand(tmp_path_factory.mktemp(kind))
             it.start(vm=kind == "vm")
             it.ok("import", str(busybox_tar), "busybox")
-            it.ok("run", "-d", "--isolation", kind, "--name", "up", "busybox", "sleep", "100000")
+            it.ok("network", "create", "--subnet", "10.70.0.0/24", "net")
+            it.ok("run", "-d", "--isolation", kind, "--name", "up", "-p", "4500:80", "busybox", "sleep", "100000")
             it.ok("create", "--isolation", kind, "--name", "down", "busybox", "true")
         return started[kind]
 
@@ -163,9 +201,10 @@ def engines(tmp_path_factory: pytest.TempPathFactory, busybox_tar: Path) -> Iter
 
 
 class Made(NamedTuple):
-    """What there is of instances and images: as listed, and as files and supervisors."""
+    """What there is of instances, images and networks: as listed, and as files and supervisors."""
 
     instances: str
+    networks: str
     images: str
     files: frozenset[str]
     shims: frozenset[int]
@@ -176,6 +215,7 @@ def made(it: OnDemand) -> Made:
     ours = frozenset(name for name in files if not name.endswith(("-wal", "-shm")))
     return Made(
         it.ok("ps", "-aq", "--no-trunc"),
+        it.ok("network", "ls", "-q"),
         it.ok("images", "--format", "{{.Repository}}:{{.Tag}} {{.ID}}"),
         ours,
         frozenset(it.shims().values()),
