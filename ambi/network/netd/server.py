@@ -49,6 +49,10 @@ class Server:
     def run(self) -> None:
         self._rest()
         self._loop.run(lambda: self._stopped)
+        self._listener.close()  # who has connected just now is told, and starts another
+        for engine in list(self._engines):
+            self._leave(engine)
+        os.close(self._lock)
 
     def _rest(self) -> None:
         """Look now and then whether there is still something to serve."""
