@@ -21,6 +21,7 @@ import pytest
 from ambi.network import namespaces
 from tests.harness import EngineUnderTest
 from tests.peers import Dockerd
+from tests.rawclient import RawClient
 from tests.registrykit import docker_registry
 
 pytestmark = pytest.mark.needs("docker", "dockerd", "podman", "buildah", "skopeo", "registry")
@@ -203,3 +204,54 @@ def test_copies_by_the_command(peers: Peers) -> None:
     assert config["rootfs"]["type"] == "layers" and said.startswith("Digest: sha256:")
     refused = peers.engine.ambi("image", "copy", f"docker://{peers.address}/copied/here:9", "oci-archive:-")
     assert refused.returncode == 125 and b"copied/here:9 not found" in refused.stderr and not refused.stdout
+
+
+def test_space_is_told_and_freed(peers: Peers, busybox_tar: Path) -> None:
+    """Shared layers count once; what an instance needs is not reclaimed, and its image says who holds it."""
+    for listed in peers.ours("images", "-q", "--no-trunc").decode().split():
+        peers.ours("rmi", "-f", listed)
+    peers.ours("import", str(busybox_tar), "base:1")
+    peers.ours("run", "--name=maker", "--network=none", "base:1", "sh", "-c", "head -c 3000000 /dev/urandom >/extra")
+    peers.ours("commit", "maker", "more:1")
+    peers.ours("rm", "maker")
+    base, more = (json.loads(peers.ours("inspect", name))[0]["Size"] for name in ("base:1", "more:1"))
+    assert more == base + 3000000
+
+    def usage() -> dict[str, Any]:
+        return dict(json.loads(peers.engine.ambi("system", "df", "--format=json", check=True).stdout.splitlines()[0]))
+
+    told = _asked(peers, "GET", "/system/df")
+    assert (told["LayersSize"], told["LayersReclaimable"]) == (more, more)
+    assert {row["RepoTags"][0]: (row["Size"], row["SharedSize"]) for row in told["Images"]} == {
+        "base:1": (base, base), "more:1": (more, base)
+    }  # fmt: skip
+    peers.ours("create", "--name=holder", "--network=none", "base:1", "true")
+    told = _asked(peers, "GET", "/system/df")
+    assert (told["LayersSize"], told["LayersReclaimable"]) == (more, more - base)
+    assert usage()["TotalCount"] == "2" and usage()["Active"] == "1"
+    holder = peers.ours("inspect", "--format={{.Id}}", "holder").decode()[:12]
+    refused = peers.engine.docker("rmi", "base:1")
+    assert refused.returncode == 1 and f"container {holder} is using its referenced image" in refused.stderr.decode()
+    store = peers.engine.data / "images"
+    before = _disk_bytes(store)
+    pruned = _asked(peers, "POST", '/images/prune?filters={"dangling":["false"]}')
+    assert [x for x in pruned["ImagesDeleted"] if "Untagged" in x] == [{"Untagged": "more:1"}]
+    assert pruned["SpaceReclaimed"] == before - _disk_bytes(store) > 3000000
+    peers.ours("rmi", "-f", "base:1")
+    assert _disk_bytes(store) > base / 2, "the layers are the holder's"
+    peers.ours("start", "-a", "holder")
+    peers.ours("rm", "holder")
+    peers.ours("image", "prune", "-f")
+    assert not [x for folder in ("blobs/sha256", "layers") for x in (store / folder).iterdir()]
+
+
+def _asked(peers: Peers, method: str, path: str) -> dict[str, Any]:
+    with contextlib.closing(RawClient(peers.engine.socket)) as client:
+        status, answer = client.call(method, path)
+    assert status == 200, answer
+    return dict(answer)
+
+
+def _disk_bytes(store: Path) -> int:
+    files = [x for folder in ("blobs", "layers") for x in (store / folder).rglob("*") if x.is_file()]
+    return sum(x.stat().st_blocks * 512 for x in files)
