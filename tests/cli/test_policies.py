@@ -112,3 +112,17 @@ def test_a_restarting_instance(engine: EngineUnderTest) -> None:
     said(engine, "stop", "cc")
     assert re.fullmatch(r"Exited \(1\) .* ago", status_of(engine, "cc"))
     said(engine, "rm", "cc")
+
+
+@pytest.mark.needs("docker")
+def test_no_engine_is_needed_for_a_restart(engine: EngineUnderTest) -> None:
+    """The shim that finds nobody to tell starts an engine, which starts the instance."""
+    script = "test -e /again && exec sleep 1000; touch /again; read x < /fifo"
+    said(engine, "run", "-d", "--name", "dd", "--restart", "always", "busybox", "sh", "-c", f"mkfifo /fifo; {script}")
+    said(engine, "exec", "-d", "dd", "sh", "-c", "sleep 1; echo > /fifo")
+    before = engine.pid
+    engine.kill()
+    until(lambda: str(engine.pid), f"^(?!{before}$)[0-9]")
+    engine.wait_ready()
+    until(lambda: said(engine, "inspect", "dd", "--format", "{{.RestartCount}} {{.State.Status}}"), "^1 running")
+    said(engine, "rm", "-f", "dd")
