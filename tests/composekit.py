@@ -14,7 +14,7 @@ IMAGE = "kit"
 # The root that `store` and `web` share: what the volume of the first is filled with, and a page that asks the first.
 MAKE_ROOT = r"""mkdir -p /srv /www/cgi-bin && echo from the image > /srv/index.html && cat > /www/cgi-bin/ask <<'END'
 #!/bin/sh
-printf 'Content-Type: text/plain\n\n%s, ' "$GREETING"
+printf 'Content-Type: text/plain\r\n\r\n%s, ' "$GREETING"
 wget -q -O - http://store:8000/
 END
 chmod 755 /www/cgi-bin/ask"""
