@@ -25,6 +25,7 @@ from ambi.engine.core import KILLED_WITH_SHIM, OTHER_BOOT, Core
 from ambi.engine.create import RECORD_FILE, read_record
 from ambi.engine.records import ExecRecord, Record, Run
 from ambi.engine.state import Row
+from ambi.engine.volumes import marked_volumes
 from ambi.shim import leave
 
 log = logging.getLogger(__name__)
@@ -52,13 +53,12 @@ def restore(core: Core) -> None:
 def _restore_records(core: Core) -> None:
     directory = core.roots.data / "instances"
     present = {entry.name for entry in os.scandir(directory) if entry.is_dir(follow_symlinks=False)}
+    leaving = []
     for row in core.db.instances():
         if (directory / row.id / RECORD_FILE).exists():
             core.registry.add(Record(mounts.upgraded(row)))
         else:
-            log.info("%s: finishing a removal", row.id[:12])
-            _sweep_leftovers(core, row.id)
-            core.db.delete(row.id)
+            leaving.append(row)
         present.discard(row.id)
     for id in sorted(present):
         found = read_record(directory / id)
@@ -67,6 +67,12 @@ def _restore_records(core: Core) -> None:
         else:
             log.info("%s: removing what is left of it", id[:12])
             _sweep_leftovers(core, id)
+    for row in leaving:  # now that all are known who may use its volumes
+        log.info("%s: finishing a removal", row.id[:12])
+        core.volumes.drop(marked_volumes(directory / row.id, row))
+        _sweep_leftovers(core, row.id)
+        core.db.delete(row.id)
+    core.volumes.adopted()
 
 
 def _insert_again(core: Core, row: Row) -> None:

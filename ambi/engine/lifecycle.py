@@ -18,6 +18,7 @@ from ambi.engine.create import RECORD_FILE, UPPER, write_record, write_whole
 from ambi.engine.mountpoints import points_of
 from ambi.engine.networks import Attachment
 from ambi.engine.records import Record, Run
+from ambi.engine.volumes import anonymous_of, mark_volumes
 
 log = logging.getLogger(__name__)
 
@@ -364,7 +365,7 @@ def _remove(core: Core, record: Record, *, volumes: bool) -> None:
         record.removing = True
     try:
         end_shim(core, record)
-        discard(core, record)
+        discard(core, record, anonymous_of(record.row) if volumes else [])
     except BaseException:
         record.removing = False
         raise
@@ -375,8 +376,6 @@ def _remove(core: Core, record: Record, *, volumes: bool) -> None:
         for condition in ("removed", "next-exit", "not-running"):
             core.settle(record, condition, status)
         core.changed.notify_all()
-    if volumes:
-        core.volumes.drop([point.name for point in points_of(record.row.mounts) if point.anonymous])
 
 
 def end_shim(core: Core, record: Record) -> None:
@@ -391,11 +390,15 @@ def end_shim(core: Core, record: Record) -> None:
         core.shims.end(record, run)
 
 
-def discard(core: Core, record: Record) -> None:
-    """Remove the directories and the row. The record goes first: a directory without one is a removal to be finished."""
+def discard(core: Core, record: Record, volumes: list[str]) -> None:
+    """Remove `volumes`, the directories and the row. The record goes first: a directory without one is a removal to be
+    finished, and a mark in it says that its volumes go, too."""
     data, run = core.roots.instance_data(record.id), core.roots.instance_run(record.id)
     try:
+        if volumes:
+            mark_volumes(data)
         (data / RECORD_FILE).unlink(missing_ok=True)
+        core.volumes.drop(volumes, record.id)
         core.db.delete(record.id)
         for directory in (run, data):
             if directory.exists():

@@ -3,8 +3,9 @@
     VOLUMES/NAME/volume.json     {"format": 1, "driver", "labels", "options", "created_ns"}
     VOLUMES/NAME/_data/          the volume; also below a volume with options, which is then empty
     VOLUMES/NAME/disk.img        with type=disk instead: a file system for one virtual machine at a time
+    VOLUMES/NAME/making          made for an instance that does not exist yet
 
-A directory appears and disappears by rename, so `.new-NAME` and `.old-NAME` are what a death left behind. Nothing is mounted
+A directory appears and disappears by rename, so `.new-NAME` and `.old-...` are what a death left behind. Nothing is mounted
 on the host: options say what is mounted in the namespace of each instance. So a tmpfs is each instance's own.
 """
 
@@ -13,6 +14,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import secrets
 import shutil
 import stat
 from pathlib import Path
@@ -24,7 +26,7 @@ from ambi.core.roots import Roots
 from ambi.engine.mountpoints import Point, VolumeAsk
 
 DRIVER = "local"
-DATA, DISK, RECORD = "_data", "disk.img", "volume.json"
+DATA, DISK, RECORD, MAKING = "_data", "disk.img", "volume.json", "making"
 FORMAT = 1
 HALF_MADE = (".new-", ".old-")
 _NAME = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9_.-]+\Z")
@@ -149,8 +151,8 @@ def size_of(text: str) -> int:
     return size
 
 
-def make(roots: Roots, volume: Volume) -> None:
-    """Have the volume's directory appear, whole. Nothing is left when it fails."""
+def make(roots: Roots, volume: Volume, *, making: bool = False) -> None:
+    """Have the volume's directory appear, whole. Nothing is left when it fails. making: see `settle`."""
     volumes = roots.volumes
     new = volumes / f".new-{volume.name}"
     try:
@@ -158,6 +160,8 @@ def make(roots: Roots, volume: Volume) -> None:
         _clear(new)
         new.mkdir(0o711)
         _fill(roots, new, volume)
+        if making:
+            (new / MAKING).touch()
         os.rename(new, volumes / volume.name)
     except OSError as error:
         shutil.rmtree(new, ignore_errors=True)
@@ -180,18 +184,35 @@ def _fill(roots: Roots, new: Path, volume: Volume) -> None:
         file.write(json.dumps(volume.body()))
 
 
-def remove(volumes: Path, name: str) -> None:
-    """Have the volume's directory disappear at once, then its content."""
-    old = volumes / f".old-{name}"
+def settle(volumes: Path, name: str) -> bool:
+    """The instance that the volume was made for exists now, or never will: whether it was not settled before."""
     try:
-        _clear(old)
-        try:
-            os.rename(volumes / name, old)
-        except FileNotFoundError:
-            return
-        _clear(old)
+        os.unlink(volumes / name / MAKING)
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        raise from_os_error(f"cannot make volume '{name}'", error) from error
+    return True
+
+
+def detach(volumes: Path, name: str) -> Path | None:
+    """Have the volume disappear at once: what is left of it, for `discard`; None when it was not there."""
+    old = volumes / f".old-{name}-{secrets.token_hex(4)}"
+    try:
+        os.rename(volumes / name, old)
+    except FileNotFoundError:
+        return None
     except OSError as error:
         raise from_os_error(f"cannot remove volume '{name}'", error) from error
+    return old
+
+
+def discard(name: str, old: Path | None) -> None:
+    try:
+        if old is not None:
+            shutil.rmtree(old)
+    except OSError as error:
+        raise from_os_error(f"cannot remove what was in volume '{name}'", error) from error
 
 
 def _clear(path: Path) -> None:
@@ -231,10 +252,7 @@ def point(volumes: Path, volume: Volume, ask: VolumeAsk, isolation: Isolation) -
     readonly = ask.readonly
     if volume.kind == "disk":
         if isolation is not Isolation.VM:
-            raise InvalidRequest(
-                f"volume {volume.name} is a disk, which a virtual machine alone can mount",
-                hint="run it as a VM: --isolation vm, or make a volume without type=disk",
-            )
+            raise no_disk(volume.name)
         words, origin, what = (), str(volumes / volume.name / DISK), "ambi.disk"
         shown = origin
     elif options:
@@ -257,6 +275,13 @@ def point(volumes: Path, volume: Volume, ask: VolumeAsk, isolation: Isolation) -
         "volume", ask.target, what, origin, words, readonly, what == "bind" and "bind" not in words, shown=shown,
         name=volume.name, mode=ask.mode, anonymous=not ask.name,
     )  # fmt: skip
+
+
+def no_disk(name: str) -> InvalidRequest:
+    return InvalidRequest(
+        f"volume {name} is a disk, which a virtual machine alone can mount",
+        hint="run it as a VM: --isolation vm, or make a volume without type=disk",
+    )
 
 
 def used_bytes(volumes: Path, name: str) -> int:

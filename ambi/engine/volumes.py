@@ -11,8 +11,9 @@ import secrets
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ambi.core.errors import AmbiError, Conflict, InvalidRequest, NotFound
@@ -27,9 +28,11 @@ from ambi.engine.mountpoints import Asked, Point, VolumeAsk, points_of
 if TYPE_CHECKING:
     from ambi.engine.core import Core
     from ambi.engine.records import Record
+    from ambi.engine.state import Row
 
 log = logging.getLogger(__name__)
 
+_WITH_VOLUMES = "with-volumes"  # in the directory of an instance that is being removed
 ANONYMOUS_LABEL = "com.docker.volume.anonymous"
 
 
@@ -51,6 +54,11 @@ class Volumes:
         for name in self._volumes.keys() - stored:
             volume = self._volumes[name]
             self._core.db.insert_volume(name, volume.body(), volume.created_ns)
+
+    def adopted(self) -> None:
+        """The instances are there: volumes of those that a death kept from being made go away."""
+        root = self._core.roots.volumes
+        self.drop([v.name for v in self.all() if local.settle(root, v.name) and not self.users(v.name)])
 
     def all(self) -> list[Volume]:
         with self._lock:
@@ -74,9 +82,18 @@ class Volumes:
         return [record for record in self._core.registry if any(m["name"] == name for m in record.row.mounts)]
 
     def create(
-        self, name: str, driver: str = "", options: dict[str, str] | None = None, labels: dict[str, str] | None = None
+        self,
+        name: str,
+        driver: str = "",
+        options: dict[str, str] | None = None,
+        labels: dict[str, str] | None = None,
+        *,
+        making: bool = False,
     ) -> Volume:
-        """The volume `name`, made unless it is there; without a name an anonymous one."""
+        """The volume `name`, made unless it is there; without a name an anonymous one.
+
+        making: it is for an instance that is not there yet.
+        """
         if not name:
             name, labels = secrets.token_hex(32), {**(labels or {}), ANONYMOUS_LABEL: ""}
         driver = driver or local.DRIVER
@@ -86,31 +103,32 @@ class Volumes:
                 return volume
             local.check(name, driver, options)
             volume = Volume(name, driver, labels, options, time.time_ns())
-            local.make(self._core.roots, volume)
+            local.make(self._core.roots, volume, making=making)
             try:
                 self._core.db.insert_volume(name, volume.body(), volume.created_ns)
             except AmbiError:
-                local.remove(self._core.roots.volumes, name)
+                local.discard(name, local.detach(self._core.roots.volumes, name))
                 raise
             self._volumes[name] = volume
         self._publish(name, "create")
         return volume
 
-    def remove(self, name: str, *, force: bool = False) -> None:
-        """Raises NotFound (unless `force`), Conflict (in use)."""
+    def remove(self, name: str, *, force: bool = False, owner: str = "") -> None:
+        """Raises NotFound (unless `force`), Conflict (in use). owner: an instance that does not count."""
         with self._lock:
             if name not in self._volumes and force:
                 return
             self.find(name)
-            users = [record.id for record in self.users(name)]
+            users = [record.id for record in self.users(name) if record.id != owner]
             if users or self._claims[name]:
                 raise Conflict(
                     f"remove {name}: volume is in use - [{', '.join(users)}]",
                     hint=f"ambi rm {users[0][:12]}" if users else "wait until the instance is made",
                 )
-            local.remove(self._core.roots.volumes, name)
-            self._core.db.delete_volume(name)
+            old = local.detach(self._core.roots.volumes, name)
             del self._volumes[name]
+            self._core.db.delete_volume(name)
+        local.discard(name, old)
         self._publish(name, "destroy")
 
     def prune(self, filters: Filters, *, everything: bool) -> tuple[list[str], int]:
@@ -149,14 +167,19 @@ class Volumes:
         points = {target: point for target, point in points.items() if target not in own or self._implied(asked, target)}
         with self._lock:
             names = [point.name for point in points.values() if point.name]
+            for name in names:
+                self.find(name)  # the instance that it comes from may be gone since, with its volumes
             self._claims.update(names)
         made: list[str] = []
         try:
+            _refuse_disks(points.values(), isolation)
             points.update({point.target: point for point in asked.points})
             for ask in asked.volumes:
                 if ask.target not in points or ask.name:
                     points[ask.target] = self._point(ask, isolation, names, made)
             yield tuple(points.values())
+            for name in made:
+                local.settle(self._core.roots.volumes, name)
         except BaseException:
             with self._lock:
                 self._claims.subtract(names)
@@ -175,23 +198,24 @@ class Volumes:
     def _inherited(self, asked: Asked) -> Iterator[Point]:
         for source in asked.inherits:
             for point in points_of(self._core.registry.find(source.instance).row.mounts):
-                yield point._replace(readonly=point.readonly or source.readonly, mode=source.mode or point.mode)
+                words = tuple(word for word in point.words if word != "ambi.copy")
+                yield point._replace(words=words, readonly=point.readonly or source.readonly, mode=source.mode or point.mode)
 
     def _point(self, ask: VolumeAsk, isolation: Isolation, names: list[str], made: list[str]) -> Point:
         with self._lock:
             known = ask.name in self._volumes
-            volume = self.create(ask.name, ask.driver, ask.options, ask.labels)
+            volume = self.create(ask.name, ask.driver, ask.options, ask.labels, making=True)
             names.append(volume.name)
             self._claims[volume.name] += 1
         if not known:
             made.append(volume.name)
         return local.point(self._core.roots.volumes, volume, ask, isolation)
 
-    def drop(self, names: list[str]) -> None:
-        """Remove volumes with the instance that they were made for; one that another instance uses stays."""
+    def drop(self, names: list[str], owner: str = "") -> None:
+        """Remove volumes with the instance that they were made for; one that another than `owner` uses stays."""
         for name in names:
             try:
-                self.remove(name, force=True)
+                self.remove(name, force=True, owner=owner)
             except Conflict:
                 continue
             except AmbiError as error:
@@ -227,6 +251,29 @@ class Volumes:
 
     def _publish(self, name: str, action: str, **own: str) -> None:
         self._core.bus.publish("volume", action, name, attributes_of(None, driver=local.DRIVER, **own))
+
+
+def anonymous_of(row: Row) -> list[str]:
+    """The volumes that go with the instance when it is removed with its volumes."""
+    return [point.name for point in points_of(row.mounts) if point.anonymous]
+
+
+def mark_volumes(data: Path) -> None:
+    """Remember that the instance's volumes go with it, should the removal be cut short."""
+    try:
+        (data / _WITH_VOLUMES).touch()
+    except OSError as error:  # a full disk: what makes room must work all the same
+        log.info("%s: %s", data, error)
+
+
+def marked_volumes(data: Path, row: Row) -> list[str]:
+    return anonymous_of(row) if (data / _WITH_VOLUMES).exists() else []
+
+
+def _refuse_disks(points: Iterable[Point], isolation: Isolation) -> None:
+    for point in points:
+        if point.what == "ambi.disk" and isolation is not Isolation.VM:
+            raise local.no_disk(point.name)
 
 
 def text_map(value: object, what: str) -> dict[str, str] | None:

@@ -123,6 +123,28 @@ def test_volumes_are_used_by_the_instances_that_name_them(engine: EngineUnderTes
     out(engine, "volume", "rm", "kept")
 
 
+def test_what_deaths_leave_is_finished(engine: EngineUnderTest) -> None:
+    for name in ("leaving", "staying"):
+        run(engine, "--name", name, "-v", f"{name}:/n", "-v", "/anon", "busybox", "true", check=True)
+    mounts = json.loads(out(engine, "inspect", "staying"))[0]["Mounts"]
+    kept = {m["Name"] for m in mounts} | {"leaving"}
+    unmade = out(engine, "volume", "create")
+    id = out(engine, "inspect", "-f", "{{.Id}}", "leaving")
+    engine.kill()
+    (engine.data / "volumes" / unmade / "making").touch()  # killed before its instance was stored
+    for volume in kept:
+        (engine.data / "volumes" / volume / "making").touch()  # killed right after
+    (engine.data / "volumes" / ".old-x-1" / "_data").mkdir(parents=True)  # in the middle of `volume rm`
+    (engine.data / "instances" / id / "with-volumes").touch()  # in the middle of `rm -v`
+    (engine.data / "instances" / id / "record.json").unlink()
+    engine.start(vm=False)
+    assert set(names(engine)) == kept - {"leaving"} and not (engine.data / "volumes" / ".old-x-1").exists()
+    assert out(engine, "ps", "-a", "--format", "{{.Names}}") == "staying"
+    out(engine, "rm", "-v", "staying")
+    out(engine, "volume", "rm", "staying")
+    assert names(engine) == []
+
+
 def test_prune_takes_anonymous_ones_and_by_older_versions_all(engine: EngineUnderTest) -> None:
     def pruned(*args: str) -> set[str]:
         before = set(names(engine))

@@ -70,8 +70,8 @@ def test_a_directory_appears_whole_and_tells_what_it_is(tmp_path: Path) -> None:
     (at.volumes / "stranger").mkdir()
     assert local.found(at.volumes) == {"db": volume()}
     assert sorted(path.name for path in at.volumes.iterdir()) == ["db", "stranger"]
-    local.remove(at.volumes, "db")
-    local.remove(at.volumes, "db")
+    local.discard("db", local.detach(at.volumes, "db"))
+    assert local.detach(at.volumes, "db") is None
     assert local.found(at.volumes) == {} and (at.volumes / "stranger").is_dir()
 
 
