@@ -58,7 +58,7 @@ def merged(host: dict[str, Any], asked: dict[str, Any]) -> dict[str, Any]:
                 f"Conflicting options: NanoCPUs cannot be updated as {other} has already been set",
                 hint="use --cpu-period and --cpu-quota",
             )
-    if given.get("PidsLimit", 0) < 0:
+    if Body("HostConfig", given).number("PidsLimit") < 0:
         given["PidsLimit"] = -1
     if Body("RestartPolicy", policy).text("Name"):
         if host.get("AutoRemove") and policy["Name"] != "no":
