@@ -46,8 +46,8 @@ def test_a_health_check_with_dockers_defaults() -> None:
     assert check_of({"Healthcheck": {"Test": ["CMD", "a", "b"]}}) == Check(("a", "b"), 30.0, 30.0, 0.0, 5.0, 3)
     shell = {"Shell": ["/bin/ash", "-ec"], "Healthcheck": {"Test": ["CMD-SHELL", "a | b"], "Interval": SECOND, "Retries": 1}}
     assert check_of(shell) == Check(("/bin/ash", "-ec", "a | b"), 1.0, 30.0, 0.0, 5.0, 1)
-    for config in ({}, {"Healthcheck": {}}, {"Healthcheck": {"Test": ["NONE"]}}, {"Healthcheck": {"Interval": SECOND}}):
-        assert check_of(config) is None
+    nothing: tuple[dict[str, Any], ...] = ({}, {"Test": ["NONE"]}, {"Interval": SECOND})
+    assert [check_of({"Healthcheck": body}) for body in nothing] == [None] * 3 and check_of({}) is None
 
 
 def test_a_health_check_over_that_of_the_image() -> None:
