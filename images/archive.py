@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 from ambi.core.errors import Corrupt, InvalidRequest, Unsupported
 from ambi.core.events import Progress, ProgressSink
-from images import manifest, reference
+from images import legacy, manifest, reference
 from images.content import Ingest, digest_of, parse_json
 from images.database import LayerRow
 from images.importer import NewLayer, layer_row
@@ -58,6 +58,8 @@ def plans(members: Members) -> list[Plan]:
         return [_as_stored(members, plan) for plan in _docker_plans(members)]
     if members.find(_OCI) is not None:
         return _oci_plans(members)
+    if members.find(legacy.REPOSITORIES) is not None:
+        return [_plan(config, layers, names, None) for config, layers, names in legacy.images(members)]
     raise InvalidRequest(
         f"not an image archive: it has neither {_DOCKER} nor {_OCI}",
         hint="a root file system is imported with `ambi image import FILE NAME`",

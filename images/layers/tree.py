@@ -72,7 +72,7 @@ class LayerTree:
     def add(self, entry: Entry) -> Node | None:
         """Put `entry` in its place. A file's node is returned so that its body can be set; None has no body."""
         parts = self._parts(entry.path)
-        if any(part.startswith(_META) for part in parts):
+        if _META in entry.path and any(part.startswith(_META) for part in parts):
             self._meta(parts)
             return None
         if not parts:
@@ -119,6 +119,8 @@ class LayerTree:
         parts = [part for part in path.split(b"/") if part and part != b"."]
         if not path:
             raise Corrupt("tar entry has no name")
+        if len(path) <= MAX_NAME and b".." not in path:  # almost every one
+            return parts
         for part in parts:
             if part == b"..":
                 raise Corrupt(f"tar entry {path!r} points out of the layer with `..`")

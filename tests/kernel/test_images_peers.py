@@ -156,6 +156,19 @@ def _saved(peers: Peers, writer: str) -> tuple[bytes, int]:
     return target.read_bytes(), 1
 
 
+def test_archives_with_parent_links_alone(peers: Peers) -> None:
+    """What docker wrote before 1.10 is what it writes today without `manifest.json` and configs."""
+    old = io.BytesIO()
+    saved = peers.theirs("save", f"{peers.address}/docker:1")
+    with tarfile.open(fileobj=io.BytesIO(saved)) as tar, tarfile.open(fileobj=old, mode="w") as target:
+        for entry in tar:
+            if "/" in entry.name or entry.name == "repositories":
+                target.addfile(entry, tar.extractfile(entry) if entry.isreg() else None)
+    peers.engine.docker("rmi", "-f", f"{peers.address}/docker:1")
+    peers.ours("load", input=old.getvalue())
+    assert peers.word(f"{peers.address}/docker:1") == "docker"
+
+
 def test_ours_run_there(peers: Peers) -> None:
     """An image of two layers, committed here, by a registry and by archives through pipes."""
     peers.ours("pull", "-q", f"{peers.address}/podman-v2s2:1")

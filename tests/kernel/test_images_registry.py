@@ -520,3 +520,34 @@ def test_refused_copies_leave_nothing(store: Store, registry: FaultyRegistry, sh
         copy.copy(store, "docker-archive:box:3", "c:1", credentials={}, upload=io.BytesIO(two.getvalue()))
     assert sorted(name for image in store.list() for name in image.names) == ["box:1", "box:2"]
     assert before == set() and not list((store.root / "ingest").iterdir())
+
+
+def test_refused_archives_of_the_oldest_form(store: Store) -> None:
+    """Parent links in a circle, to nothing and out of the archive; names that are none; packed layers."""
+    ids = ["a" * 64, "b" * 64]
+    tar = tar_bytes(member("f", b"x"))
+
+    def load(repositories: object, *links: object, layer: bytes = tar) -> None:
+        members = [member("repositories", json.dumps(repositories).encode())]
+        for layer_id, link in zip(ids, links, strict=False):
+            members += [member(f"{layer_id}/json", json.dumps({"parent": link}).encode())]
+            members += [member(f"{layer_id}/layer.tar", layer)]
+        store.load(io.BytesIO(tar_bytes(*members)))
+
+    named = {"app": {"1": ids[0]}}
+    cases: list[tuple[type[AmbiError], str, tuple[object, ...]]] = [
+        (Unsupported, "lead in a circle", (named, ids[1], ids[0])),
+        (Corrupt, "lacks b", (named, ids[1])),
+        (Corrupt, "no id", (named, "../../etc/passwd")),
+        (Corrupt, "no id", (named, {"a": 1})),
+        (Corrupt, "no list of tags", ({"app": []},)),
+        (InvalidRequest, "invalid reference", ({"app": {"no tag": ids[0]}}, None)),
+    ]
+    for error, text, case in cases:
+        with pytest.raises(error, match=text):
+            load(*case)
+    with pytest.raises(Unsupported, match="compressed layer"):
+        load(named, None, layer=gzip.compress(tar))
+    assert not contents(store)
+    load(named, ids[1], None)
+    assert [(image.names, len(image.layers)) for image in store.list()] == [(("app:1",), 2)]
