@@ -5,7 +5,9 @@ Usage: .venv/bin/python scripts/bench/pull.py [--megabytes N] [--rounds N] [--la
 The image is this host's /usr, as much of it as --megabytes says, in --layers layers, served by Debian's docker-registry on
 loopback. Each pull goes to a freshly made ext4 (on a loop device) with an engine started on it; its start is not counted.
 `again` is a pull of an image of which all layers but one are there. Ours includes fsync of everything, docker's does not.
-Memory is the highest sum of PSS of an engine's processes during its pulls, sampled.
+Memory is the highest sum of PSS of an engine's processes during its pulls, sampled. Disk is what the image takes
+once it is loaded again.
+All of it happens in a network namespace of its own.
 """
 
 from __future__ import annotations
@@ -31,6 +33,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
+from ambi.linux import process  # noqa: E402
+from ambi.linux.net import loopback_up  # noqa: E402
 from images.pull import Repository  # noqa: E402
 from images.reference import parse  # noqa: E402
 from images.registry.settings import Credentials, Settings  # noqa: E402
@@ -167,14 +171,29 @@ def timed(action: Callable[[], object]) -> float:
     return time.perf_counter() - begin
 
 
+def taken(root: Path) -> float:
+    """Megabytes on the disk below `root`, each inode once."""
+    inodes = {}
+    for folder, _, files in os.walk(root):
+        for name in files:
+            status = os.lstat(os.path.join(folder, name))
+            inodes[status.st_ino] = status.st_blocks * 512
+        inodes[os.lstat(folder).st_ino] = os.lstat(folder).st_blocks * 512
+    return sum(inodes.values()) / 1e6
+
+
 def ours(disk: Path, names: tuple[str, str, str], rows: Rows, memory: dict[str, float]) -> None:
     engine = EngineUnderTest(disk)
+    os.close(engine.netns)
+    engine.netns = os.open("/proc/self/ns/net", os.O_RDONLY | os.O_CLOEXEC)  # where the registries are
     engine.start(vm=False)
     try:
         assert engine.process is not None
         pid = engine.process.pid
         with PeakMemory(lambda: descendants(pid)) as peak:
             _verbs("ours", lambda *args: engine.docker(*args, check=True, timeout=600), names, rows, disk)
+            for part in ("blobs", "layers"):
+                rows[f"disk {part}"] = [taken(engine.data / "images" / part)]
         memory["ours"] = max(memory.get("ours", 0), peak.mebibytes)
     finally:
         engine.destroy()
@@ -184,6 +203,7 @@ def dockers(disk: Path, names: tuple[str, str, str], rows: Rows, memory: dict[st
     (disk / "docker").mkdir()
     with Dockerd(disk / "docker") as peer, PeakMemory(peer.pids) as peak:
         _verbs("docker", lambda *args: peer.docker(*args, check=True, timeout=600), names, rows, disk)
+        rows["disk docker"] = [taken(disk / "docker" / "data" / "overlay2")]
     memory["docker"] = max(memory.get("docker", 0), peak.mebibytes)
 
 
@@ -217,6 +237,8 @@ def main() -> None:
     parser.add_argument("--zstd", action="store_true")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    process.unshare(process.CLONE_NEWNET)
+    loopback_up()
     base = Path(tempfile.mkdtemp(prefix="bench-pull-", dir="/tmp"))
     rows: Rows = {}
     memory: dict[str, float] = {}
@@ -257,6 +279,7 @@ def report(rows: Rows, memory: dict[str, float], packed: int, megabytes: int) ->
                 ratio = statistics.median(a / b for a, b in zip(mine, values, strict=True))
                 line += f"   {peer} {statistics.median(values):6.2f} ({min(values):.2f})  ratio {ratio:.2f}"
         print(f"{line}   (goal {goal})")
+    print("  disk, MB: " + ", ".join(f"{name[5:]} {found[0]:.0f}" for name, found in rows.items() if name[:5] == "disk "))
     print("  peak PSS, MiB: " + ", ".join(f"{name} {value:.0f}" for name, value in memory.items()))
 
 
