@@ -14,6 +14,7 @@ from ambi.api.query import Filters, one_flag
 from ambi.api.registry import joined, pull
 from ambi.api.router import Route
 from ambi.core.errors import InvalidRequest, Unsupported
+from ambi.core.words import point_ns
 
 if TYPE_CHECKING:
     from images.store import Image, Removed
@@ -52,7 +53,7 @@ def _filter(call: Call, filters: Filters) -> Callable[[Image], bool]:
         since_ns = call.engine.images.resolve(name).created_ns
         tests.append(lambda image, limit=since_ns: image.created_ns > limit)  # type: ignore[misc]
     for text in filters.get("until", ()):
-        until_ns = _until_ns(text)
+        until_ns = point_ns("until", text)
         tests.append(lambda image, limit=until_ns: image.created_ns <= limit)  # type: ignore[misc]
     return lambda image: all(test(image) for test in tests)
 
@@ -66,13 +67,6 @@ def _matches(name: str, patterns: list[str]) -> bool:
     """A pattern fits the whole of `repository:tag`, the repository, or its last parts, as Docker's does."""
     repository = name.rpartition(":")[0] or name
     return any(fnmatchcase(text, pattern) for pattern in patterns for text in (name, repository))
-
-
-def _until_ns(text: str) -> int:
-    seconds, _, fraction = text.partition(".")
-    if not seconds.isdecimal() or (fraction and not fraction.isdecimal()):
-        raise InvalidRequest(f"invalid filter 'until={text}'", hint="use seconds since 1970")
-    return int(seconds) * 1_000_000_000 + int(fraction[:9].ljust(9, "0") or 0)
 
 
 def _shown(image: Image, filters: Filters) -> Image:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from ambi.cli.humanize import parse_duration
 from ambi.core.errors import InvalidRequest
+from ambi.core.words import parse_duration
 
 _TIMES = {"interval": "Interval", "timeout": "Timeout", "start_period": "StartPeriod", "start_interval": "StartInterval"}
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import time
+
 from ambi.core.errors import InvalidRequest
+
+_DURATION_UNITS = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
 
 
 def human_duration(seconds: float) -> str:
@@ -30,6 +34,59 @@ def human_duration(seconds: float) -> str:
         if hours < limit:
             return f"{hours // unit} {name}"
     return f"{int(seconds / 3600) // 24 // 365} years"
+
+
+def parse_duration(text: str) -> float | None:
+    """Seconds of a Go duration (`1h30m`, `500ms`), None when it is none."""
+    rest, total = text, 0.0
+    while rest:
+        end = 0
+        while end < len(rest) and (rest[end].isdigit() or rest[end] == "."):
+            end += 1
+        unit_end = end
+        while unit_end < len(rest) and not (rest[unit_end].isdigit() or rest[unit_end] == "."):
+            unit_end += 1
+        try:
+            total += float(rest[:end]) * _DURATION_UNITS[rest[end:unit_end]]
+        except (ValueError, KeyError):
+            return None
+        rest = rest[unit_end:]
+    return total if text else None
+
+
+def parse_time(flag: str, text: str) -> str:
+    """What the API takes for `--since` and `--until`: seconds since the epoch with nine decimals.
+
+    text: `42m` (ago), RFC 3339 with or without zone or time, or seconds since the epoch. Raises InvalidRequest.
+    """
+    ago_seconds = parse_duration(text)
+    if ago_seconds is not None:
+        return f"{time.time() - ago_seconds:.9f}"
+    if text.isascii() and text.replace(".", "", 1).isdigit():
+        whole, _, fraction = text.partition(".")
+        return f"{whole or 0}.{fraction:0<9.9}"
+    from datetime import datetime
+
+    head, dot, tail = text.partition(".")
+    fraction = ""
+    if dot:  # datetime takes six digits of a fraction, the log has nine
+        while tail and tail[0].isdigit():
+            fraction, tail = fraction + tail[0], tail[1:]
+    try:
+        at = datetime.fromisoformat(head + tail)
+    except ValueError:
+        hint = "a time looks like 42m, 2026-01-02T13:23:37Z or 1767359017"
+        raise InvalidRequest(f"invalid value for {flag}: '{text}' is no time", hint=hint) from None
+    return f"{int(at.timestamp())}.{fraction:0<9.9}"
+
+
+def point_ns(filter: str, text: str) -> int:
+    """A point in time as a filter of a list names it, in whatever form `parse_time` takes, in nanoseconds since 1970."""
+    try:
+        return int(parse_time(filter, text).replace(".", ""))
+    except (InvalidRequest, ValueError, OverflowError) as error:
+        hint = "a time looks like 24h (ago), 2026-01-02T13:23:37Z or 1767359017"
+        raise InvalidRequest(f"invalid filter '{filter}={text}'", hint=hint) from error
 
 
 def detach_keys(text: str) -> bytes:

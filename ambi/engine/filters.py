@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 
 from ambi.core.errors import InvalidRequest
+from ambi.core.words import point_ns
 from ambi.engine import ports
 from ambi.engine.types import Instance
 
@@ -53,10 +54,7 @@ def check_values(filters: Filters) -> None:
 
 def seconds(text: str) -> float:
     """The value of `until`, in seconds since 1970. Raises InvalidRequest."""
-    try:
-        return float(text)
-    except ValueError as error:
-        raise InvalidRequest(f"invalid filter 'until={text}'", hint="use seconds since 1970") from error
+    return point_ns("until", text) / 1e9
 
 
 def _named(instance: Instance, values: list[str]) -> bool:

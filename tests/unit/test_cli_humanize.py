@@ -7,6 +7,7 @@ import time
 import pytest
 
 from ambi.cli import humanize
+from ambi.core import words
 from ambi.core.errors import InvalidRequest
 
 
@@ -71,7 +72,7 @@ def test_parse_bad_size(text: str) -> None:
     ],
 )
 def test_parse_duration(text: str, seconds: float | None) -> None:
-    assert humanize.parse_duration(text) == seconds
+    assert words.parse_duration(text) == seconds
 
 
 @pytest.mark.parametrize(
@@ -85,15 +86,15 @@ def test_parse_duration(text: str, seconds: float | None) -> None:
     ],
 )
 def test_parse_time(text: str, seconds: str) -> None:
-    assert humanize.parse_time("--since", text) == seconds
+    assert words.parse_time("--since", text) == seconds
 
 
 def test_times_ago_and_local_times() -> None:
-    assert abs(float(humanize.parse_time("--since", "1h")) - (time.time() - 3600)) < 60
-    assert float(humanize.parse_time("--since", "2026-01-02")) == time.mktime((2026, 1, 2, 0, 0, 0, 0, 0, -1))
+    assert abs(float(words.parse_time("--since", "1h")) - (time.time() - 3600)) < 60
+    assert float(words.parse_time("--since", "2026-01-02")) == time.mktime((2026, 1, 2, 0, 0, 0, 0, 0, -1))
 
 
 @pytest.mark.parametrize("text", ["yesterday", "2026-13-01", "12:00", "-5"])
 def test_bad_time(text: str) -> None:
     with pytest.raises(InvalidRequest, match="--since"):
-        humanize.parse_time("--since", text)
+        words.parse_time("--since", text)

@@ -1,5 +1,7 @@
 """Durations and detach keys, as docker writes and reads them."""
 
+import time
+
 import pytest
 
 from ambi.core import words
@@ -44,3 +46,15 @@ def test_wrong_detach_keys(text: str) -> None:
 )
 def test_addresses(text: str, is_one: bool) -> None:
     assert words.is_address(text) is is_one
+
+
+def test_points_in_time_of_filters() -> None:
+    assert words.point_ns("until", "1700000000.25") == 1_700_000_000_250_000_000
+    assert words.point_ns("until", "2026-01-02T13:23:37Z") == 1_767_360_217_000_000_000
+    assert abs(words.point_ns("until", "24h") / 1e9 - (time.time() - 86400)) < 60
+
+
+@pytest.mark.parametrize("text", ["", "soon", "9" * 400 + "h", "-1h", "1h30", "0001-01-01", "1.2.3"])
+def test_wrong_points_in_time(text: str) -> None:
+    with pytest.raises(InvalidRequest, match="invalid filter 'until="):
+        words.point_ns("until", text)

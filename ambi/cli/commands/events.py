@@ -12,6 +12,7 @@ from ambi.cli import flags, humanize
 from ambi.cli.app import App, DockerCommand, pass_app
 from ambi.cli.filters import filter_query
 from ambi.cli.template import Template
+from ambi.core import words
 
 
 @click.command("events", cls=DockerCommand)
@@ -26,7 +27,7 @@ def events(app: App, filters: tuple[str, ...], template: str | None, since: str 
     query = filter_query(filters)
     for name, text in (("since", since), ("until", until)):
         if text:
-            query[name] = humanize.parse_time(f"--{name}", text)
+            query[name] = words.parse_time(f"--{name}", text)
     for line in app.client.stream("GET", "/events", query).lines():
         event = json.loads(line)
         if compiled is not None:

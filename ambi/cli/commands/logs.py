@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import click
 
-from ambi.cli import complete, flags, humanize
+from ambi.cli import complete, flags
 from ambi.cli.app import App, DockerCommand, pass_app
 from ambi.cli.names import looked_up
 from ambi.client.client import path_of
 from ambi.client.stream import STDOUT, Frames, write_all
+from ambi.core import words
 from ambi.core.errors import InvalidRequest
 
 
@@ -38,7 +39,7 @@ def logs(
     query.update({name: "1" for name, on in (("follow", follow), ("timestamps", timestamps), ("details", details)) if on})
     for name, text in (("since", since), ("until", until)):
         if text:
-            query[name] = humanize.parse_time(f"--{name}", text)
+            query[name] = words.parse_time(f"--{name}", text)
     with looked_up(app, instance):
         state = app.client.get(path_of("containers", instance, "json"))
         response = app.client.stream("GET", path_of("containers", state["Id"], "logs"), query)
