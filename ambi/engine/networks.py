@@ -86,6 +86,7 @@ class Networks:
         self.names = netnames.NameService(core.roots, self.host.tag)
         self.lock = threading.RLock()  # over the networks and over who has which address; held for moments
         self._networks: dict[str, Network] = {n.id: n for n in (_NONE, _HOST)}
+        self._leaving: dict[str, Network] = {}  # removed, but for their links
         self._making: set[str] = set()  # names of networks that a create is at
         self._threads: list[threading.Thread] = []
         self._spare = Spare(self.host.new_namespace)
@@ -127,7 +128,7 @@ class Networks:
             network = self._networks.get(id)
         if network is not None:
             return network
-        routes = self.host.routes()
+        routes = self.routes()
         with self.lock:
             if id not in self._networks:
                 pools = (self.choose(routes, 4),)
@@ -205,9 +206,27 @@ class Networks:
             if network.id not in self._networks:
                 raise NotFound(f"network {name} not found")
             self._drop(network)
-        self.names.forget(network.id)
-        self.host.remove(network)
+            self._leaving[network.id] = network
+        self._start(lambda: self._take_away(network))
         self.publish(network, "destroy")
+
+    def _take_away(self, network: Network) -> None:
+        """Its links and names. The kernel takes 30 ms for a bridge, for which nobody needs to wait: what is left when this
+        engine dies here is swept by the next one, as of a network that no record has."""
+        try:
+            self.names.forget(network.id)
+            self.host.remove(network)
+        except AmbiError as error:
+            log.error("network %s is removed, but its links are not: %s", network.name, error)
+        finally:
+            with self.lock:
+                self._leaving.pop(network.id, None)
+
+    def routes(self) -> list[str]:
+        """Subnets that the host has routes to, but for those by networks that are on their way out."""
+        with self.lock:
+            leaving = {pool.subnet for network in self._leaving.values() for pool in network.pools}
+        return [subnet for subnet in self.host.routes() if subnet not in leaving]
 
     def prune(self, wanted: filters.Filters) -> list[str]:
         """Remove what no running instance is on; returns the names."""

@@ -74,7 +74,7 @@ def _resolve(networks: Networks, body: Body, name: str, driver: str) -> Network:
         _check_options(options)
     networks.default()  # has its subnet first, so that it is the same however many others come
     pools = [_pool(entry) for entry in asked.objects("Config")]
-    routes = networks.host.routes()
+    routes = networks.routes()
     own = [pool for pool in pools if pool.subnet]
     if any(":" in pool.subnet for pool in own) and not ipv6:
         raise InvalidRequest("an IPv6 subnet needs a network with IPv6", hint="ambi network create --ipv6 ...")
