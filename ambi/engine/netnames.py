@@ -66,7 +66,9 @@ def _default_links(networks: Networks, record: Record, endpoint: Endpoint) -> li
         name, alias = split_link(text)
         other = linked(networks, name)
         there = networks.state(other).find(DEFAULT_NETWORK)
-        if there is None or there.nic is None:
+        if there is None:
+            raise Conflict(f"Cannot link to /{other.name}, as it does not belong to the default network")
+        if there.nic is None:
             raise Conflict(f"Cannot link to a non running container: /{other.name} AS /{record.name}/{alias}")
         words = dict.fromkeys((alias, other.row.spec.config.get("Hostname") or other.id[:12], other.name))
         found.append((there.nic.addresses[0].address, " ".join(words)))

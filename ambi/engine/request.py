@@ -51,7 +51,7 @@ _CONTAINER_ONLY = {
     "Devices": "--device",
     "MemoryReservation": "--memory-reservation",
 }
-_NEUTRAL: dict[str, tuple[Any, ...]] = {"MemorySwappiness": (-1,), "Isolation": ("default",)}
+_NEUTRAL: dict[str, tuple[Any, ...]] = {"MemorySwappiness": (-1,), "Isolation": ("default",), "UsernsMode": ("host",)}
 
 
 def isolation_of(host: Body) -> Isolation:

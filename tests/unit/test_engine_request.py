@@ -50,7 +50,7 @@ def test_networks_and_ports_pass_without_a_warning() -> None:
         ({"MemorySwappiness": 10}, "--memory-swappiness"),
         ({"OomKillDisable": True}, "--oom-kill-disable"),
         ({"CgroupParent": "/x"}, "--cgroup-parent"),
-        ({"UsernsMode": "host"}, "--userns"),
+        ({"UsernsMode": "private"}, "--userns"),
         ({"PidMode": "container:x"}, "--pid"),
         ({"IpcMode": "shareable"}, "--ipc"),
         ({"FutureField": 1}, "HostConfig.FutureField"),
