@@ -6,7 +6,7 @@ GET  /ambi/doctor                                   [{name, status: ok|warning|p
 POST /ambi/images/bootstrap?suite=&name=&packages=  progress; the last line is {"status": image id}
 POST /ambi/images/verify?repair=                    progress, and {"finding": {kind, name, problem, images, repaired, hint}}
 POST /ambi/images/copy?from=&to=                    an archive is the body or the answer; see `images.copy`
-GET  /ambi/images/NAME/sbom?format=                 the document itself, `spdx` (default) or `cyclonedx`
+GET  /ambi/images/sbom?name=&format=                the document itself, `spdx` (default) or `cyclonedx`
 """
 
 from __future__ import annotations
@@ -71,7 +71,10 @@ def verify(call: Call) -> None:
 
 
 def bill_of_materials(call: Call) -> Reply:
-    data = call.engine.images.bill_of_materials(call.name, call.query.text("format") or "spdx")
+    name = call.query.text("name")
+    if not name:
+        raise InvalidRequest("name must be an image", hint="for example name=debian:bookworm")
+    data = call.engine.images.bill_of_materials(name, call.query.text("format") or "spdx")
     return Reply(200, data, JSON_HEADERS)
 
 
@@ -81,5 +84,5 @@ ROUTES = (
     Route("GET", "/ambi/doctor", doctor),
     Route("POST", "/ambi/images/bootstrap", bootstrap),
     Route("POST", "/ambi/images/verify", verify),
-    Route("GET", "/ambi/images/{}/sbom", bill_of_materials),
+    Route("GET", "/ambi/images/sbom", bill_of_materials),
 )

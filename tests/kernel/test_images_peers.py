@@ -73,7 +73,7 @@ def peers(busybox_tar: Path) -> Iterator[Peers]:
     with contextlib.ExitStack() as stack:
         stack.callback(shutil.rmtree, base, ignore_errors=True)
         stack.callback(engine.destroy)
-        engine.start(vm=False)
+        engine.start()
         registry = docker_registry(base / "registry")
         address = namespaces.inside(engine.netns, registry.__enter__)
         stack.callback(registry.__exit__, None, None, None)
@@ -120,6 +120,12 @@ def test_pushed_images_run_here(peers: Peers, writer: str) -> None:
     assert raw.get("mediaType", OCI) == media_type and all(x["mediaType"].endswith(compression) for x in raw["layers"])
     peers.ours("pull", "-q", name)
     assert peers.word(name) == writer.partition("-")[0]
+
+
+@pytest.mark.needs("qemu")
+def test_a_pushed_image_runs_as_a_vm(peers: Peers) -> None:
+    name = f"{peers.address}/podman-zstd:1"
+    assert peers.ours("run", "--rm", "--runtime=vm", "--network=none", name, "cat", "/word") == b"podman"
 
 
 @pytest.mark.parametrize("writer", ["docker", "podman-docker", "podman-oci", "buildah-docker", "skopeo-oci"])
@@ -215,6 +221,10 @@ def test_copies_by_the_command(peers: Peers) -> None:
     peers.engine.ambi("image", "copy", "copied:3", f"docker-archive:{file}", check=True)
     config = json.loads(peers.run("skopeo", "inspect", "--config", f"docker-archive:{file}:copied:3"))
     assert config["rootfs"]["type"] == "layers" and said.startswith("Digest: sha256:")
+    spdx = json.loads(peers.engine.ambi("image", "inspect", "--sbom", "copied:3", check=True).stdout)
+    cyclonedx = json.loads(peers.engine.ambi("image", "inspect", "--sbom=cyclonedx", "copied:3", check=True).stdout)
+    assert (spdx["spdxVersion"], cyclonedx["specVersion"]) == ("SPDX-2.3", "1.6")
+    assert peers.engine.ambi("image", "inspect", "--sbom=swid", "copied:3").returncode == 125
     refused = peers.engine.ambi("image", "copy", f"docker://{peers.address}/copied/here:9", "oci-archive:-")
     assert refused.returncode == 125 and b"copied/here:9 not found" in refused.stderr and not refused.stdout
 

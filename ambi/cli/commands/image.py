@@ -296,7 +296,7 @@ def inspect(app: App, images: tuple[str, ...], template: str | None, sbom: str |
         if len(images) > 1 or template is not None:
             raise InvalidRequest("--sbom is of one image, without --format", hint=f"ambi image inspect --sbom {images[0]}")
         with looked_up(app, images[0], image_names):
-            response = app.client.stream("GET", f"/ambi{path_of('images', images[0], 'sbom')}", {"format": sbom})
+            response = app.client.stream("GET", "/ambi/images/sbom", {"name": images[0], "format": sbom})
         for data in response.chunks():
             sys.stdout.buffer.write(data)
         sys.stdout.buffer.write(b"\n")
