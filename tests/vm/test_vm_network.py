@@ -16,10 +16,11 @@ from typing import NamedTuple, TypeVar
 import pytest
 
 from ambi.core.deadline import Deadline
-from ambi.core.errors import Conflict, NotFound
+from ambi.core.errors import Conflict, InvalidRequest, NotFound
 from ambi.core.model import Status
 from ambi.core.plan import LaunchPlan
 from ambi.network.model import Nic
+from hyper.guest.protocol import Items, Type
 from tests import driverkit, netkit
 from tests.harness import guest_dir
 
@@ -27,6 +28,7 @@ pytestmark = pytest.mark.needs("qemu")
 BULK = 3_000_000
 SOON = 20.0
 T = TypeVar("T")
+MAC = bytes.fromhex("02000000beef")  # of no device
 NUMBERS = itertools.count(1)
 
 
@@ -198,6 +200,28 @@ def test_an_interface_too_many_is_refused_and_the_rest_works(vm: Connected) -> N
     for name in plugged:
         created.unplug_nic(name, Deadline.after(SOON))  # type: ignore[attr-defined]
     assert "1 packets received" in vm.guest("ping", "-c", "1", vm.nic.addresses[0].gateway)
+
+
+@pytest.mark.parametrize(
+    "items",
+    [
+        (),
+        ((1, b"short"),),
+        ((1, MAC), (2, b"a name that is too long")),
+        ((1, MAC), (4, ((1, 4), (2, b"12345"), (3, 8)))),
+        ((1, MAC), (4, ((1, 4), (2, b"1234"), (3, 33)))),
+        ((1, MAC), (5, ((1, 6), (2, bytes(16)), (3, 0), (4, b"1234")))),
+        ((1, MAC), (7, 1)),
+    ],
+)
+def test_damaged_words_change_nothing(vm: Connected, items: Items) -> None:
+    link = vm.running.created._link  # type: ignore[attr-defined]
+    with pytest.raises(InvalidRequest, match="NET"):
+        link.wait(link.request(Type.NET, items), Deadline.after(SOON), "the agent")
+    with pytest.raises(NotFound, match="02:00:00:00:be:ef"):
+        link.wait(link.request(Type.NET, ((1, MAC),)), Deadline.after(SOON), "the agent")
+    link.wait(link.request(Type.UNPLUG, ((1, MAC),)), Deadline.after(SOON), "the agent")
+    assert "eth0" in vm.guest("ls", "/sys/class/net").split()
 
 
 def test_paused_it_stands_still_and_its_agent_answers(vm: Connected) -> None:
