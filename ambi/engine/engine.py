@@ -88,7 +88,7 @@ class Engine:
         """Let go of everything; instances run on."""
         self._core.scheduler.close()
         self._core.bus.close()
-        self._core.networks.close(idle=all(record.run is None for record in self._core.registry))
+        self._core.networks.close()
         self._core.shims.close()
         self._core.store.close()
         self._core.db.close()

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _ENDING_S = 60.0  # how long the end of a run may take that holds what somebody wants
+_LAST_END_S = 5.0  # the same, when the engine itself ends
 _CALL_S = 30.0
 _WHOLE = ""  # the row of an instance, not of one of its networks: published ports, and that the rows are all it is on
 
@@ -291,7 +292,8 @@ class Networks:
         """After the shims: let go of what belongs to ended runs, and see that the rest is there."""
         alive = []
         for record in self._core.registry:
-            if record.run is not None and any(e.nic for e in self.state(record).endpoints):
+            runs = record.run is not None or record.state.running
+            if runs and any(e.nic for e in self.state(record).endpoints):
                 alive.append(record)
             else:
                 self._let_go(record)
@@ -323,12 +325,11 @@ class Networks:
         if mode.startswith(SHARED):
             return self._shared(mode.removeprefix(SHARED))
         if mode == "host":
-            return Attachment(None, netnames.Names())
-        state = self.state(record)
-        if not state.endpoints and (mode == "none" or record.row.isolation is Isolation.VM):
-            # A VM that was taken off its networks gets a namespace too: it may be connected while it runs.
-            return Attachment(None if record.row.isolation is Isolation.VM else self._spare.take_now(), netnames.Names())
-        netns = None
+            return Attachment(None, netnames.of(self, record))
+        if mode == "none":
+            netns = None if record.row.isolation is Isolation.VM else self._spare.take_now()
+            return Attachment(netns, netnames.of(self, record))
+        state, netns = self.state(record), None
         try:
             plugged = self._allocate(record, state)
             netns = self._spare.take()
@@ -491,11 +492,16 @@ class Networks:
         self._threads = [t for t in self._threads if t.is_alive()] + [thread]
         thread.start()
 
-    def close(self, *, idle: bool) -> None:
-        """idle: nothing runs, so nothing of ours stays in the kernel."""
+    def close(self) -> None:
+        """Let go of everything. When no instance is on a network, nothing of ours stays in the kernel."""
+        for record in self._core.registry:
+            run = record.run
+            if run is not None and run.exit is not None:
+                run.gone.wait(_LAST_END_S)
         for thread in self._threads:
             thread.join(_CALL_S)
         self._spare.close()
+        idle = not any(e.nic for record in self._core.registry for e in self.state(record).endpoints)
         self.names.close(idle=idle)
         if idle and self._core.db.networks():
             try:

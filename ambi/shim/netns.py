@@ -30,10 +30,15 @@ def given(plan: LaunchPlan, fd: int | None) -> LaunchPlan:
     return plan._replace(config={**plan.config, "linux": {**linux, "namespaces": namespaces}})
 
 
-def opened(fd: int | None, pid: int) -> int:
-    """A descriptor of the namespace `fd`, or of the one that process `pid` of a container is in. The caller closes it."""
+def opened(fd: int | None, pid: int | None) -> int:
+    """A descriptor of the namespace `fd`, or of the one that process `pid` of a container is in. The caller closes it.
+
+    pid: None where it is a guest's. Raises NotFound when there is neither.
+    """
     if fd is not None:
         return os.dup(fd)
+    if pid is None:
+        raise NotFound("the instance has no network namespace")
     try:
         return os.open(f"/proc/{pid}/ns/net", os.O_RDONLY | os.O_CLOEXEC)
     except OSError as error:

@@ -277,7 +277,8 @@ class Shim:
 
     def netns(self, request: Request) -> None:
         """The network namespace of the instance, a descriptor of which goes with the answer."""
-        fd = netns.opened(self._netns, self._running().init.pid)
+        pid = self._running().init.pid if self.spec.isolation == "container" else None
+        fd = netns.opened(self._netns, pid)
         try:
             request.answer({}, [fd])
         finally:
