@@ -235,7 +235,6 @@ def test_what_is_not_there_says_so(client: RawClient) -> None:
     for method, path, text in (
         ("GET", "/images/search?term=x", "searching a registry"),
         ("POST", "/build", "building is not available"),
-        ("POST", "/containers/x/pause", "pausing a container"),
     ):
         status, answer = client.call(method, path, {})
         assert status == 400 and text in answer["message"], path
