@@ -113,6 +113,7 @@ def fresh_disk(base: Path, gigabytes: int = 6) -> Iterator[Path]:
     point.mkdir(exist_ok=True)
     subprocess.run(["mkfs.ext4", "-q", "-E", "lazy_itable_init=0,lazy_journal_init=0", image], check=True)
     subprocess.run(["mount", "-o", "loop", image, point], check=True)
+    os.sync()  # what an engine before this one has left unwritten is not ours to wait for
     try:
         yield point
     finally:
