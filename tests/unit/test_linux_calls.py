@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import errno
 import os
-import select
 import signal
-import threading
 from pathlib import Path
 
 import pytest
 
-from ambi.linux import process
 from ambi.linux.calls import ANY, CallFailed, Calls
 from ambi.linux.calls.build import build
 from ambi.linux.calls.program import CODE
@@ -72,31 +69,3 @@ def test_a_child_that_fails_tells_why_in_memory_and_ends() -> None:
 def test_a_nul_is_refused() -> None:
     with pytest.raises(ValueError, match="null"):
         Calls().execve("run it", "/bin/true", ["a\0b"], {})
-
-
-def test_a_raw_clone_works_beside_a_busy_thread() -> None:
-    """The child must not wait for an interpreter's lock that a thread holds which it does not have."""
-    stop = threading.Event()
-
-    def spin() -> None:
-        while not stop.is_set():
-            sum(range(100))
-
-    thread = threading.Thread(target=spin)
-    thread.start()
-    try:
-        for _ in range(150):
-            child = process.clone3(0)
-            if child.pid == 0:
-                sum(range(2000))
-                os._exit(3)
-            poll = select.poll()
-            poll.register(child.pidfd, select.POLLIN)
-            ended = poll.poll(20_000)
-            if not ended:
-                os.kill(child.pid, signal.SIGKILL)
-            os.close(child.pidfd)
-            assert status(child.pid) == 3, "the child hung"
-    finally:
-        stop.set()
-        thread.join()
