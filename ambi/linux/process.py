@@ -85,8 +85,8 @@ class Child(NamedTuple):
 def clone3(flags: int, *, cgroup: int | None = None) -> Child:
     """A child with the namespaces of `flags`, born in the v2 cgroup whose directory is open as `cgroup`.
 
-    With CLONE_PARENT the child is a sibling, and ends with the caller's own exit signal. For processes of one thread: Python's
-    locks are looked after, as in os.fork, but what another thread holds of the C library's stays locked in the child.
+    With CLONE_PARENT the child is a sibling, and ends with the caller's own exit signal. For processes of one thread:
+    Python's locks are looked after, as in os.fork; what another thread holds of the C library's stays locked in the child.
     """
     pidfd = ctypes.c_int(-1)
     arguments = clone_args(flags=flags | CLONE_PIDFD, pidfd=ctypes.addressof(pidfd))
