@@ -42,6 +42,7 @@ class Server:
         self._ports = Ports(self._loop)
         self._engines: set[socket.socket] = set()
         self._stopped = False
+        self._instances = roots.run / "instances"  # a directory in it for each that runs
         self._listener = unix.listen(roots.netd_socket)
         self._listener.setblocking(False)
         self._loop.watch(self._listener.fileno(), POLLIN, self._accept)
@@ -56,16 +57,28 @@ class Server:
 
     def _rest(self) -> None:
         """Look now and then whether there is still something to serve."""
-        idle = not self._engines and not self._table.networks and not len(self._ports)
+        idle = self._idle()
 
         def look() -> None:
-            still = not self._engines and not self._table.networks and not len(self._ports)
-            if idle and still:
+            if idle and self._idle():
                 self._stopped = True
             else:
                 self._rest()
 
         self._loop.later(IDLE_S, look)
+
+    def _idle(self) -> bool:
+        """No engine, and nothing to serve or nobody to serve: the engine of an empty run root may have been killed."""
+        if self._engines:
+            return False
+        if not self._table.networks and not len(self._ports):
+            return True
+        try:
+            return not os.listdir(self._instances)
+        except FileNotFoundError:
+            return True
+        except OSError:  # it may not look: somebody may be there
+            return False
 
     def _accept(self, _: int) -> None:
         try:
