@@ -40,7 +40,7 @@ CASES = {
         "run --rm --pull never nothing true", 125, r"No such image: nothing:latest", r"ambi image bootstrap", BOTH
     ),
     "image that nobody has": Case(
-        "run --rm 127.0.0.1:1/nothing true", 125, r"registry 127.0.0.1:1 cannot be reached", r"network"
+        "run --rm --pull always 127.0.0.1:1/nothing true", 125, r"registry 127.0.0.1:1 cannot be reached", r"network"
     ),
     "image misspelt": Case("run --rm --pull never busybx true", 125, r"No such image: busybx", r"did you mean busybox"),
     "image in capitals": Case("run --rm BusyBox true", 125, r"'BusyBox' must be lowercase", r"busybox"),
