@@ -54,13 +54,14 @@ class Health(NamedTuple):
 class Probe:
     """A check that runs. Changed under the engine's mutex; closed once."""
 
-    __slots__ = ("begun_ns", "code", "id", "late", "sock", "timer")
+    __slots__ = ("begun_ns", "code", "id", "late", "sock", "started", "timer")
 
     def __init__(self, exec_id: ExecId, sock: socket.socket) -> None:
         self.id, self.sock = exec_id, sock
         self.begun_ns = time.time_ns()
         self.code: int | None = None  # once it has ended
         self.late = False
+        self.started = False  # its start is answered
         self.timer = 0
 
 
@@ -119,6 +120,10 @@ class Monitor:
                 attach = Attach(stdin=False, stdout=True, stderr=True)
                 wanted = execs.StartRequest(attach, theirs, b"", None, None, self._check.timeout)
                 execs.start(core, exec_id, wanted)
+            with core.mutex:
+                probe.started = True
+                if probe.code is not None:  # it has ended already
+                    core.scheduler.later(0, lambda: self._finish(probe))
         except AmbiError as error:
             ours.close()
             with core.mutex:
@@ -138,7 +143,8 @@ class Monitor:
         probe = self._probe
         if probe is not None and probe.id == exec_id and probe.code is None:
             probe.code = code
-            self._core.scheduler.later(0, lambda: self._finish(probe))
+            if probe.started:  # else `_begin` goes on with it, or knows better why it could not be started
+                self._core.scheduler.later(0, lambda: self._finish(probe))
 
     def _overdue(self, probe: Probe) -> None:
         """It takes too long: kill it. Its end comes as any other, or never."""
