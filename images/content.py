@@ -21,11 +21,17 @@ from ambi.core.errors import Corrupt, NotFound
 from ambi.core.model import Digest
 
 _PARTIAL_S = 7 * 86400.0  # how long half a download is worth keeping
+_HEX = frozenset("0123456789abcdef")
 _SMALL = 16 << 20  # JSON documents are read whole, up to here
 
 
 def digest_of(data: bytes) -> Digest:
     return Digest("sha256:" + hashlib.sha256(data).hexdigest())
+
+
+def is_digest(text: str) -> bool:
+    """Whether `text` is `sha256:` and 64 lower-case hexadecimal digits."""
+    return len(text) == 71 and text.startswith("sha256:") and _HEX.issuperset(text[7:])
 
 
 class Ingest:

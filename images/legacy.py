@@ -13,10 +13,9 @@ from typing import Any
 
 from ambi.core.errors import Corrupt, Unsupported
 from images import manifest, reference
-from images.content import Ingest, parse_json
+from images.content import Ingest, is_digest, parse_json
 from images.layers.decoder import compression_of
 from images.members import Members
-from images.registry.client import is_digest
 
 REPOSITORIES = "repositories"
 _MAX_LAYERS = 500

@@ -8,7 +8,7 @@ from urllib.parse import quote, urlencode, urljoin
 from urllib3.exceptions import HTTPError
 
 from ambi.core.errors import AmbiError, Corrupt, Forbidden, NotFound, Unavailable, Unsupported
-from images.content import digest_of, parse_json
+from images.content import digest_of, is_digest, parse_json
 from images.reference import Reference
 from images.registry.settings import Credentials, Settings
 from images.registry.transport import Response, Transport, error_of, harmless, refusal
@@ -23,7 +23,6 @@ _SCHEMA_1 = "application/vnd.docker.distribution.manifest.v1"
 MANIFEST_BYTES = 4 << 20  # what the specification asks registries to take
 DOCUMENT_BYTES = 16 << 20
 _TAG_PAGES = 1000
-_HEX = frozenset("0123456789abcdef")
 
 
 class Document(NamedTuple):
@@ -212,10 +211,6 @@ def descriptor(body: object, what: str) -> Descriptor:
         ):  # fmt: skip
             return Descriptor(kind, digest, size, tuple(x for x in urls if isinstance(x, str) and x.startswith("https://")))
     raise Corrupt(f"{what} is damaged: it has no media type, sha256 digest and size")
-
-
-def is_digest(text: str) -> bool:
-    return len(text) == 71 and text.startswith("sha256:") and _HEX.issuperset(text[7:])
 
 
 def _read(response: Response, limit: int, what: str) -> bytes:
