@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ambi.core.errors import AmbiError, Corrupt, Internal, StorageFull, Unsupported
+from ambi.core.errors import AmbiError, Conflict, Corrupt, Internal, StorageFull, Unsupported
 from ambi.core.model import IdMap, IdRange, InstanceId, Isolation, Status, Workload
 from ambi.engine.types import CreateSpec, Event, State
 
@@ -152,6 +152,8 @@ class StateDb:
                 self._db.execute(sql, values)
             except sqlite3.OperationalError as error:
                 raise _failure(error) from error
+            except sqlite3.IntegrityError as error:  # what it belongs to has been removed meanwhile, or a name is taken
+                raise Conflict(f"state database: {error}", hint="try again") from error
 
     def meta(self, key: str, default: Callable[[], str]) -> str:
         """The stored value of `key`; `default()` is stored when there is none."""
@@ -223,7 +225,11 @@ class StateDb:
         return [(r[0], r[1], json.loads(r[2])) for r in self._read("SELECT instance, network, body FROM endpoints")]
 
     def put_endpoint(self, instance: str, network: str, body: dict[str, Any]) -> None:
-        self._write("INSERT OR REPLACE INTO endpoints VALUES (?,?,?)", (instance, network, dumps(body)))
+        """Nothing is stored of an instance that has been removed meanwhile."""
+        self._write(
+            "INSERT OR REPLACE INTO endpoints SELECT ?1, ?2, ?3 WHERE EXISTS (SELECT 1 FROM instances WHERE id=?1)",
+            (instance, network, dumps(body)),
+        )
 
     def delete_endpoint(self, instance: str, network: str) -> None:
         self._write("DELETE FROM endpoints WHERE instance=? AND network=?", (instance, network))
