@@ -78,7 +78,12 @@ class Terminal:
         self.before = termios.tcgetattr(inner)
         self._inner = inner
         self.process = subprocess.Popen(
-            [str(AMBI), *args], stdin=inner, stdout=inner, stderr=inner, env={**os.environ, **roots}, start_new_session=True
+            [*engine.entering, str(AMBI), *args],
+            stdin=inner,
+            stdout=inner,
+            stderr=inner,
+            env={**os.environ, **roots},
+            start_new_session=True,
         )
         self.seen = b""
 
@@ -241,7 +246,7 @@ def test_detach_and_attach_again(engine: OnDemand, terminal: Callable[..., Termi
 def test_signals_are_passed_on(engine: OnDemand, isolation: str, name: str, number: int, status: int) -> None:
     script = "trap 'exit 42' TERM; trap 'exit 43' INT; echo ready; while :; do sleep 0.2; done"
     process = subprocess.Popen(
-        [str(AMBI), "run", "--rm", "--isolation", isolation, "--name", name, "bb", "sh", "-c", script],
+        [*engine.entering, str(AMBI), "run", "--rm", "--isolation", isolation, "--name", name, "bb", "sh", "-c", script],
         stdout=subprocess.PIPE,
         env={
             **os.environ,
@@ -267,6 +272,7 @@ def test_an_engine_that_is_killed_cuts_nobody_off(engine: OnDemand, isolation: s
     """Output goes on, the exit status arrives, and the next command finds an engine again."""
     process = subprocess.Popen(
         [
+            *engine.entering,
             str(AMBI),
             "run",
             "-i",
@@ -355,9 +361,10 @@ def test_several_commands_start_one_engine(short_tmp: Path) -> None:
     it = OnDemand(short_tmp / "e")
     it.start(vm=False)
     roots = {"AMBI_SOCKET": str(it.socket), "AMBI_DATA_ROOT": str(it.data), "AMBI_RUN_ROOT": str(it.run)}
-    argv = [str(AMBI), "engine", "status", "--format", "json"]
+    argv = [*it.entering, str(AMBI), "engine", "status", "--format", "json"]
     starting = [
-        subprocess.Popen([str(AMBI), "images", "-q"], env={**os.environ, **roots}, stderr=subprocess.PIPE) for _ in range(4)
+        subprocess.Popen([*it.entering, str(AMBI), "images", "-q"], env={**os.environ, **roots}, stderr=subprocess.PIPE)
+        for _ in range(4)
     ]
     assert [process.communicate(timeout=SECONDS)[1] for process in starting] == [b""] * 4
     assert [process.returncode for process in starting] == [0] * 4
