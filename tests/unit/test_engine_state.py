@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from ambi.core.errors import Corrupt, Unsupported
+from ambi.core.errors import Conflict, Corrupt, Unsupported
 from ambi.core.model import IdMap, IdRange, InstanceId, Isolation, Status, Workload
 from ambi.engine import create, state
 from ambi.engine.state import ExecRow, Row, StateDb
@@ -42,7 +42,7 @@ def test_instances_come_back_as_they_were(tmp_path: Path) -> None:
 def test_a_name_is_taken_once(tmp_path: Path) -> None:
     db = StateDb(tmp_path / "state.db")
     db.insert(row())
-    with pytest.raises(sqlite3.IntegrityError):
+    with pytest.raises(Conflict):
         db.insert(row("bb" * 32))
 
 
