@@ -9,7 +9,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ambi.core.errors import InvalidRequest, NotFound, from_os_error
+from ambi.core.deadline import Deadline
+from ambi.core.errors import Conflict, InvalidRequest, NotFound, from_os_error
 from ambi.core.model import IdMap, InstanceId, Workload
 from ambi.core.model import Status as S
 from ambi.core.undo import Undo
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 RECORD_FILE = "record.json"
 RECORD_FORMAT = 1
 UPPER = "upper"
+_LEAVE_S = 10.0  # for an instance that removes itself to be gone
 
 
 def create(core: Core, name: str | None, asked: CreateSpec) -> tuple[InstanceId, list[str]]:
@@ -52,7 +54,7 @@ def _create(core: Core, name: str | None, asked: CreateSpec, image: Image) -> In
     asked_mounts = mounts.parse(Body("Config", full.config), Body("HostConfig", full.host))
     with core.volumes.claimed(asked_mounts, isolation) as points, Undo() as undo:
         name = names.checked(name) if name else names.random_name(core.registry.names())
-        core.registry.reserve(name, id)
+        _reserve(core, name, id)
         undo.add(f"release the name {name}", lambda: core.registry.release(name))
         row = Row(
             id=id,
@@ -89,6 +91,30 @@ def _familiar(name: str) -> str:
     """`name` with the tag that Docker adds to it in its answer."""
     last = name.rpartition("/")[2]
     return name if ":" in last or "@" in name else f"{name}:latest"
+
+
+def _reserve(core: Core, name: str, id: InstanceId) -> None:
+    """Take `name`. One that an instance still has which is about to remove itself is waited for: whoever ran that has been
+    told its end, perhaps by a shim, when the engine that was to remove it had been killed.
+    """
+    try:
+        core.registry.reserve(name, id)
+        return
+    except Conflict:
+        try:
+            owner = core.registry.find(name)
+        except NotFound:  # gone meanwhile, or not there yet
+            owner = None
+        if owner is not None and not _leaves(owner):
+            raise
+    if owner is not None:
+        core.wait_for(lambda: owner.id not in core.registry, Deadline.after(_LEAVE_S))
+    core.registry.reserve(name, id)
+
+
+def _leaves(record: Record) -> bool:
+    """Whether it is being removed, or has ended and removes itself."""
+    return record.removing or (record.auto_remove and not record.state.running and record.state.finished_ns > 0)
 
 
 def write_record(data: Path, row: Row) -> None:
