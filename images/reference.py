@@ -80,6 +80,13 @@ def parse(text: str) -> Reference:
     return Reference(domain, path, tag or ("" if digest else "latest"), digest)
 
 
+def joined(repository: str, tag: str) -> str:
+    """`repository` and `tag` as one reference's text; a tag that is a digest is joined with @, an empty one left out."""
+    if not tag or not repository:
+        return repository
+    return f"{repository}@{tag}" if ":" in tag else f"{repository}:{tag}"
+
+
 def _split(name: str) -> tuple[str, str]:
     first, slash, rest = name.partition("/")
     if not slash or (not any(x in first for x in ".:") and first != "localhost" and first.lower() == first):

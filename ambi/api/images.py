@@ -11,10 +11,11 @@ from ambi.api import image_shapes as shapes
 from ambi.api.exchange import Call, Reply, json_reply
 from ambi.api.progress import ProgressStream
 from ambi.api.query import Filters, one_flag
-from ambi.api.registry import joined, pull
+from ambi.api.registry import LOCAL_PLATFORMS, pull
 from ambi.api.router import Route
 from ambi.core.errors import InvalidRequest, Unsupported
 from ambi.core.words import point_ns
+from images.reference import joined
 
 if TYPE_CHECKING:
     from images.store import Image, Removed
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
 _LIST_FILTERS = frozenset(("before", "dangling", "label", "reference", "since", "until"))
 _PRUNE_FILTERS = frozenset(("dangling", "label", "label!", "until"))
 _BUFFER_BYTES = 1 << 20
-_LOCAL_PLATFORMS = ("", "linux", "linux/amd64", "linux/x86_64")
 
 
 def list_images(call: Call) -> Reply:
@@ -90,7 +90,7 @@ def create(call: Call) -> None:
         return
     if source != "-":
         raise Unsupported(f"cannot import from {source}: only an uploaded archive can be imported", hint="use - and stdin")
-    if query.text("platform") not in _LOCAL_PLATFORMS:
+    if query.text("platform") not in LOCAL_PLATFORMS:
         raise Unsupported(f"platform {query.text('platform')} cannot run here", hint="leave --platform away")
     with ProgressStream(call) as progress:
         image = call.engine.images.import_tar(

@@ -12,8 +12,9 @@ from ambi.api.http import Stream
 from ambi.api.progress import ProgressStream
 from ambi.api.router import Route
 from ambi.core.errors import Forbidden, InvalidRequest, Unsupported
+from images.reference import joined
 
-_LOCAL_PLATFORMS = ("", "linux", "linux/amd64", "linux/x86_64")
+LOCAL_PLATFORMS = ("", "linux", "linux/amd64", "linux/x86_64")
 _AUTH_BYTES = 64 << 10
 _DOCKER_HUB = ("https://index.docker.io/v1/", "index.docker.io", "registry-1.docker.io", "")
 
@@ -21,7 +22,7 @@ _DOCKER_HUB = ("https://index.docker.io/v1/", "index.docker.io", "registry-1.doc
 def pull(call: Call) -> None:
     """`fromImage`, with `tag` a tag or a digest; without either every tag of the repository."""
     query = call.query
-    if query.text("platform") not in _LOCAL_PLATFORMS:
+    if query.text("platform") not in LOCAL_PLATFORMS:
         raise Unsupported(f"platform {query.text('platform')} cannot run here", hint="leave --platform away")
     images, credentials = call.engine.images, _credentials(call)
     with ProgressStream(call) as progress:
@@ -116,13 +117,6 @@ def describe(call: Call) -> Reply:
         "Descriptor": {"mediaType": found.media_type, "digest": found.digest, "size": len(found.data)},
         "Platforms": [platform for platform in platforms if platform] or [{"architecture": "amd64", "os": "linux"}],
     })  # fmt: skip
-
-
-def joined(repository: str, tag: str) -> str:
-    """`repository` and `tag` as one reference; a tag that is a digest is joined with @."""
-    if not tag or not repository:
-        return repository
-    return f"{repository}@{tag}" if ":" in tag else f"{repository}:{tag}"
 
 
 def _credentials(call: Call) -> Any:

@@ -10,12 +10,12 @@ from typing import BinaryIO
 
 from ambi.api.exchange import COMMON_HEADERS, Call, Reply, json_reply, to_json
 from ambi.api.http import Stream
-from ambi.api.registry import joined
 from ambi.api.router import Route
 from ambi.core.errors import InvalidRequest
 from ambi.engine.commit import Wanted
 from ambi.engine.trees import PathStat
 from images.layers.decoder import Decoder
+from images.reference import joined
 
 _PIECE = 1 << 18
 _KINDS = {"C": 0, "A": 1, "D": 2}

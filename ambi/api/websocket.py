@@ -201,7 +201,7 @@ class Bridge:
         self._inner.settimeout(_CLOSE_S)
         try:
             self._inner.sendall(self._to_inner)
-        except OSError:
+        except OSError:  # the instance has ended, or does not read: nobody is left to be told
             pass
 
     def _done(self) -> bool:

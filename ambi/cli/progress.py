@@ -107,8 +107,8 @@ def _figures(done: int, total: int) -> str:
     return f" {size(done)}" if done else ""
 
 
-def follow(response: Response, bar: Bar) -> Iterator[dict[str, Any]]:
-    """The objects of a progress stream that are results rather than steps. Raises the error that the work ended with."""
+def entries(response: Response) -> Iterator[dict[str, Any]]:
+    """The objects of a progress stream. Raises the error that the work ended with."""
     for line in response.lines():
         try:
             entry = json.loads(line)
@@ -118,6 +118,12 @@ def follow(response: Response, bar: Bar) -> Iterator[dict[str, Any]]:
             detail = entry.get("errorDetail") or {}
             message = str(detail.get("message") or entry.get("error"))
             raise error_of(int(detail.get("code") or 500), message, entry.get("hint"))
+        yield entry
+
+
+def follow(response: Response, bar: Bar) -> Iterator[dict[str, Any]]:
+    """The objects of a progress stream that are results rather than steps, which `bar` shows."""
+    for entry in entries(response):
         if "status" in entry and not str(entry["status"]).startswith("sha256:"):
             detail = entry.get("progressDetail") or {}
             step = " ".join(filter(None, (entry.get("status"), entry.get("id"))))

@@ -68,8 +68,7 @@ class ImageService:
         """What a pull of `name` and `tag` means: one image, or without any tag every one of the repository."""
         from images import pull, reference
 
-        whole = f"{name}@{tag}" if ":" in tag else f"{name}:{tag}" if tag else name
-        wanted = reference.parse(whole)
+        wanted = reference.parse(reference.joined(name, tag))
         if tag or wanted.digest or ":" in name.rpartition("/")[2]:
             return [wanted.familiar]
         return [f"{wanted.repository}:{found}" for found in pull.tags(wanted, credentials)]

@@ -218,7 +218,7 @@ class Notices:
     def close(self) -> None:
         try:
             self._listener.shutdown(socket.SHUT_RDWR)
-        except OSError:
+        except OSError:  # its thread has ended already
             pass
         self._listener.close()
 

@@ -153,7 +153,7 @@ class Client:
             self._sock.shutdown(socket.SHUT_RDWR)
             while self._sock.recv(CHUNK):
                 pass
-        except OSError:
+        except OSError:  # nothing unread is left, or the client has gone
             pass
         self._sock.close()
         self._hub.clients.remove(self)

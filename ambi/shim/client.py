@@ -127,14 +127,14 @@ class ShimConnection:
         """Ask for `op` without an answer. A shim that has ended is no error."""
         try:
             unix.send(self._sock, {"op": op, **fields}, fds)
-        except OSError:
+        except OSError:  # it has ended, and the end of its connection tells that
             pass
 
     def close(self) -> None:
         """End the connection; `on_close` is called, and waiting calls raise Unavailable."""
         try:
             self._sock.shutdown(socket.SHUT_RDWR)
-        except OSError:
+        except OSError:  # the shim was faster
             pass
 
     def _gone(self, op: str) -> dict[str, Any]:

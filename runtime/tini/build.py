@@ -6,11 +6,11 @@ builds it again and runs both.
 
 from __future__ import annotations
 
-import base64
 import subprocess
 import tempfile
-import textwrap
 from pathlib import Path
+
+from ambi.linux import embed
 
 HERE = Path(__file__).parent
 FLAGS = (
@@ -31,11 +31,7 @@ def build() -> bytes:
 
 def module(program: bytes) -> str:
     """The text of `program.py`."""
-    text = textwrap.fill(base64.b64encode(program).decode(), 120)
-    return (
-        f'"""Made of tini.c by build.py; {len(program)} bytes."""\n\nfrom __future__ import annotations\n\n'
-        f'import binascii\n\nPROGRAM = binascii.a2b_base64(\n    """\n{text}\n"""\n)\n'
-    )
+    return embed.module("tini.c", "PROGRAM", program)
 
 
 if __name__ == "__main__":

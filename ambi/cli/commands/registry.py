@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import tempfile
@@ -16,10 +15,10 @@ from ambi.cli import complete, credentials, flags
 from ambi.cli.app import App, DockerCommand, pass_app
 from ambi.cli.names import image_names, looked_up
 from ambi.cli.output import one_line, warn
-from ambi.cli.progress import Bar
+from ambi.cli.progress import Bar, entries
 from ambi.cli.values import split_name
-from ambi.client.client import error_of, path_of
-from ambi.core.errors import Internal, InvalidRequest, from_os_error
+from ambi.client.client import path_of
+from ambi.core.errors import InvalidRequest, from_os_error
 
 
 @click.command("pull", cls=DockerCommand)
@@ -78,14 +77,7 @@ def _follow(response: Any, bar: Bar, verb: str) -> list[str]:
     """Show the sum of all layers as one step; returns the last words. Raises the error that the work ended with."""
     layers: dict[str, tuple[int, int]] = {}
     done, said = set(), []
-    for line in response.lines():
-        try:
-            entry = json.loads(line)
-        except ValueError:
-            raise Internal(f"the engine sent progress that is no JSON: {line[:80]!r}") from None
-        if "error" in entry or "errorDetail" in entry:
-            detail = entry.get("errorDetail") or {}
-            raise error_of(int(detail.get("code") or 500), str(detail.get("message") or entry["error"]), entry.get("hint"))
+    for entry in entries(response):
         unit, status = str(entry.get("id") or ""), one_line(str(entry.get("status") or ""))
         if not unit and status:
             said.append(status)

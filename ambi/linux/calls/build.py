@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import base64
 import subprocess
 import tempfile
-import textwrap
 from pathlib import Path
+
+from ambi.linux import embed
 
 HERE = Path(__file__).parent
 FLAGS = (
@@ -37,11 +37,7 @@ def build() -> bytes:
 
 def module(code: bytes) -> str:
     """The text of `program.py`."""
-    text = textwrap.fill(base64.b64encode(code).decode(), 120)
-    return (
-        f'"""Made of calls.c by build.py; {len(code)} bytes."""\n\nfrom __future__ import annotations\n\n'
-        f'import binascii\n\nCODE = binascii.a2b_base64(\n    """\n{text}\n"""\n)\n'
-    )
+    return embed.module("calls.c", "CODE", code)
 
 
 if __name__ == "__main__":

@@ -6,11 +6,11 @@ machines without a compiler. A test builds it again.
 
 from __future__ import annotations
 
-import base64
 import subprocess
 import tempfile
-import textwrap
 from pathlib import Path
+
+from ambi.linux import embed
 
 HERE = Path(__file__).parent
 FLAGS = (
@@ -32,11 +32,7 @@ def build() -> bytes:
 
 def module(program: bytes) -> str:
     """The text of `program.py`."""
-    text = textwrap.fill(base64.b64encode(program).decode(), 120)
-    return (
-        f'"""Made of the C files by build.py; {len(program)} bytes."""\n\nfrom __future__ import annotations\n\n'
-        f'import binascii\n\nPROGRAM = binascii.a2b_base64(\n    """\n{text}\n"""\n)\n'
-    )
+    return embed.module("the C files", "PROGRAM", program)
 
 
 if __name__ == "__main__":

@@ -223,7 +223,7 @@ class Netd:
         if self._sock is not None:
             try:
                 self._sock.shutdown(socket.SHUT_RDWR)  # for the thread that watches: a poll keeps a closed socket open
-            except OSError:
+            except OSError:  # netd has ended, so the thread knows
                 pass
             self._sock.close()
             self._sock = None

@@ -17,7 +17,7 @@ def of(protocol: str, number: int) -> str:
             try:
                 with open(f"/proc/{entry}/comm", encoding="utf-8", errors="replace") as file:
                     return f"{file.read().strip()} (pid {entry})"
-            except OSError:
+            except OSError:  # it has ended meanwhile
                 continue
     return ""
 
@@ -30,7 +30,7 @@ def _inodes(path: str, number: int) -> list[str]:
                 fields = line.split()
                 if int(fields[1].rpartition(":")[2], 16) == number and (fields[3] == _LISTEN or "udp" in path):
                     found.append(fields[9])
-    except OSError:
+    except OSError:  # this kernel has no such family
         pass
     return found
 
