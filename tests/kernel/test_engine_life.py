@@ -9,6 +9,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -55,10 +56,9 @@ class Opened:
         return self.engine
 
 
-@pytest.fixture
-def opened(roots: Roots, busybox_tar: Path) -> Iterator[Opened]:
-    """An engine in this process, with the image `busybox`."""
-    roots.run.mkdir(parents=True, mode=0o711)
+@contextmanager
+def opened_with_busybox(roots: Roots, busybox_tar: Path) -> Iterator[Opened]:
+    """An engine in this process, with the image `busybox`; nothing of it is left afterwards."""
     opened = Opened(roots)
     with open(busybox_tar, "rb") as source:
         opened.engine.images.import_tar(source, "busybox", changes=["ENV PATH=/bin:/usr/bin"])
@@ -67,6 +67,13 @@ def opened(roots: Roots, busybox_tar: Path) -> Iterator[Opened]:
         opened.engine.remove(instance.id, force=True)
     opened.engine.close()
     client.ZygoteClient(roots.run).stop()
+
+
+@pytest.fixture
+def opened(roots: Roots, busybox_tar: Path) -> Iterator[Opened]:
+    roots.run.mkdir(parents=True, mode=0o711)
+    with opened_with_busybox(roots, busybox_tar) as it:
+        yield it
 
 
 @pytest.fixture

@@ -18,8 +18,7 @@ from ambi.core.roots import Roots
 from ambi.engine.engine import Engine
 from ambi.engine.health import Health
 from ambi.engine.types import CreateSpec
-from ambi.shim import client
-from tests.kernel.test_engine_life import Opened, created, output, shim_pid, soon, until
+from tests.kernel.test_engine_life import Opened, created, opened_with_busybox, output, shim_pid, soon, until
 
 MEBI = 1 << 20
 
@@ -29,14 +28,8 @@ def opened(busybox_tar: Path) -> Iterator[Opened]:
     base = Path(tempfile.mkdtemp(prefix="ambi-", dir="/tmp"))
     roots = Roots.of(base / "data", base / "run", base / "run" / "ambi.sock")
     roots.run.mkdir(mode=0o711)
-    opened = Opened(roots)
-    with open(busybox_tar, "rb") as source:
-        opened.engine.images.import_tar(source, "busybox", changes=["ENV PATH=/bin:/usr/bin"])
-    yield opened
-    for instance in opened.engine.list(all=True, filters={}):
-        opened.engine.remove(instance.id, force=True)
-    opened.engine.close()
-    client.ZygoteClient(roots.run).stop()
+    with opened_with_busybox(roots, busybox_tar) as it:
+        yield it
     shutil.rmtree(base)
 
 

@@ -16,9 +16,8 @@ from ambi.core.errors import CommandNotFound, InvalidRequest, Unsupported
 from ambi.core.model import Isolation, Status
 from ambi.core.roots import Roots
 from ambi.engine.types import Attach, CreateSpec
-from ambi.shim import client
 from tests.harness import guest_dir
-from tests.kernel.test_engine_life import Opened, attached, created, output, read_all, shim_pid, until
+from tests.kernel.test_engine_life import Opened, attached, created, opened_with_busybox, output, read_all, shim_pid, until
 
 pytestmark = pytest.mark.needs("qemu")
 
@@ -30,14 +29,8 @@ def opened(busybox_tar: Path) -> Iterator[Opened]:
     for path in (roots.data, roots.run):
         path.mkdir(mode=0o711)
     roots.guest.symlink_to(guest_dir())
-    opened = Opened(roots)
-    with open(busybox_tar, "rb") as source:
-        opened.engine.images.import_tar(source, "busybox", changes=["ENV PATH=/bin:/usr/bin"])
-    yield opened
-    for instance in opened.engine.list(all=True, filters={}):
-        opened.engine.remove(instance.id, force=True)
-    opened.engine.close()
-    client.ZygoteClient(roots.run).stop()
+    with opened_with_busybox(roots, busybox_tar) as it:
+        yield it
     shutil.rmtree(base)
 
 
