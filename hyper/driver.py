@@ -1,7 +1,7 @@
 """The driver of isolation `vm`: QEMU with our kernel and agent, the plan's layers as its disks.
 
 create() boots the guest and makes the workload's root in it, start() runs the workload. QEMU is a child of the shim, without
-rights of its own, and dies with it; everything the host knows of the guest comes through one socket (see qemu/link.py).
+rights of its own, and dies with it; everything the host knows of the guest comes through one socket (see vm/link.py).
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ from ambi.core.model import Isolation
 from ambi.core.plan import LaunchPlan
 from ambi.core.undo import Undo
 from hyper import boot_files, probe, translate, validate
-from hyper.qemu import launch, share
-from hyper.qemu.cgroup import Cgroup
-from hyper.qemu.machine import CONSOLE_FILE, VirtualMachine
+from hyper.qemu.backend import QemuBackend
+from hyper.vm import launch, share
+from hyper.vm.cgroup import Cgroup
+from hyper.vm.machine import CONSOLE_FILE, VirtualMachine
 
 NO_QEMU = Problem("there is no QEMU", "apt-get install qemu-system-x86")
 NO_VIRTIOFSD = Problem("bind mounts into a virtual machine need virtiofsd", share.INSTALL)
@@ -59,7 +60,7 @@ class VmDriver:
         problems = self.check(plan)
         if problems:
             raise Unsupported(problems[0].message, hint=problems[0].hint)
-        machine = launch.launch(plan, undo, loop)
+        machine = launch.launch(QemuBackend(), plan, undo, loop)
         machine.boot(by)
         return machine
 

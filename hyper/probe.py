@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
-from hyper.qemu import jail
+from hyper.vm import jail
 
 QEMU_PROGRAMS = ("qemu-system-x86_64", "qemu-kvm")
 CACHE = "host.json"  # below the guest directory: {"boot_id", "kvm_device", "kvm_problem", "tsc_khz"}

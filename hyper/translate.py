@@ -11,9 +11,9 @@ from ambi.core.model import VmShape
 from ambi.core.plan import Directory, LaunchPlan, Layers
 from ambi.linux import capabilities
 from hyper.guest.protocol import FileTag, Items, MountTag, ProcessTag, SetupTag, SysctlTag, Value
-from hyper.qemu.cgroup import Limits
-from hyper.qemu.disk import Volume
-from hyper.qemu.share import BINDS_TAG, ROOT_TAG, Bind
+from hyper.vm.cgroup import Limits
+from hyper.vm.disk import Volume
+from hyper.vm.share import BINDS_TAG, ROOT_TAG, Bind
 
 INIT_ANNOTATION = "ambi.init"
 DISPOSABLE_ANNOTATION = "ambi.disposable"

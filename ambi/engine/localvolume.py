@@ -173,7 +173,7 @@ def make(roots: Roots, volume: Volume, *, making: bool = False) -> None:
 
 def _fill(roots: Roots, new: Path, volume: Volume) -> None:
     if volume.kind == "disk":
-        from hyper.qemu import disk
+        from hyper.vm import disk
 
         disk.ensure(new / DISK, size_of((volume.options or {})["size"]), roots.guest / "disks")
     else:

@@ -1,4 +1,4 @@
-"""A blocking client of a guest's agent, over a connected socket. For tests and tools; a shim has `hyper.qemu.link`."""
+"""A blocking client of a guest's agent, over a connected socket. For tests and tools; a shim has `hyper.vm.link`."""
 
 from __future__ import annotations
 

@@ -59,7 +59,7 @@ def test_the_driver_says_that_it_uses_kvm(rig: Rig) -> None:
 def test_the_vmm_uses_kvm_without_rights(rig: Rig) -> None:
     """QEMU has the device open, which a VMM that emulates has not, and is nobody on the host."""
     with rig.started(["sleep", "1000"]) as running:
-        pid = running.created._parts.vmm.pid  # type: ignore[attr-defined]
+        pid = running.created._parts.monitor.child.pid  # type: ignore[attr-defined]
         opened = {link.readlink().name for link in Path(f"/proc/{pid}/fd").iterdir()}
         status = Path(f"/proc/{pid}/status").read_text()
         cgroup = Path(f"/proc/{pid}/cgroup").read_text()

@@ -15,7 +15,8 @@ import pytest
 
 from ambi.core.errors import AmbiError, Corrupt, NotFound, Unsupported
 from ambi.core.plan import Layer
-from hyper.qemu import gpt, layers
+from hyper.qemu import vmdk
+from hyper.vm import gpt, layers
 
 SECTOR = 512
 
@@ -92,7 +93,7 @@ def test_extents_are_the_whole_disk(files: tuple[Layer, ...]) -> None:
 def test_qemu_reads_the_descriptor_as_we_mean_it(files: tuple[Layer, ...], tmp_path: Path) -> None:
     disk = layers.open_layers(files)
     try:
-        text = layers.descriptor(disk.extents)
+        text = vmdk.descriptor(disk.extents)
         for fd in disk.fds:
             text = text.replace(f'"/dev/fdset/{fd}"'.encode(), f'"/proc/{os.getpid()}/fd/{fd}"'.encode())
         source, raw = tmp_path / "layers.vmdk", tmp_path / "layers.raw"

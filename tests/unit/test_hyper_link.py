@@ -23,8 +23,8 @@ from hyper.guest.protocol import (
     encode,
     encode_raw,
 )
-from hyper.qemu.guest_process import GuestProcess
-from hyper.qemu.link import STUCK_BYTES, Link
+from hyper.vm.guest_process import GuestProcess
+from hyper.vm.link import STUCK_BYTES, Link
 
 SYNCED = encode(Type.SYNCED, 0)
 SOON = 10.0

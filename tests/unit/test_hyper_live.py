@@ -11,7 +11,9 @@ from ambi.core.errors import InvalidRequest, Unsupported
 from ambi.core.model import InstanceId, Isolation, VmShape
 from ambi.core.plan import LaunchPlan, Layers
 from hyper.guest.protocol import SetupTag
-from hyper.qemu import argv, live
+from hyper.qemu import argv, monitor
+from hyper.vm import live
+from hyper.vm.hardware import Hardware, Nic, Volume
 from tests.driverkit import oci_config
 
 
@@ -57,19 +59,20 @@ def test_what_cannot_change_is_named(change: dict[str, Any], kind: type[Exceptio
     "stats", [None, {}, [None, 1, {"qdev": "x"}, {"qdev": "x", "stats": {"rd_bytes": "a", "wr_bytes": -1}}]]
 )
 def test_figures_of_a_strange_vmm_are_none(stats: Any) -> None:
-    assert live.block_bytes(stats) == (0, 0)
+    assert monitor.block_bytes(stats) == (0, 0)
 
 
 def test_figures_are_those_of_all_disks_with_a_device() -> None:
     one = {"qdev": "/machine/a", "stats": {"rd_bytes": 5, "wr_bytes": 7}}
-    assert live.block_bytes([one, {**one, "qdev": "/machine/b"}, {"node-name": "file", "stats": one["stats"]}]) == (10, 14)
+    bare = {"node-name": "file", "stats": one["stats"]}
+    assert monitor.block_bytes([one, {**one, "qdev": "/machine/b"}, bare]) == (10, 14)
 
 
 def test_network_devices_and_volumes_are_inherited_by_number() -> None:
-    machine = argv.Machine(
+    machine = Hardware(
         "x", True, 1, 256 << 20, 1, 3, 4, 5, 6, 7,
-        nics=(argv.Nic(b"\2\0\0\0\0\1", 10, 11), argv.Nic(b"\2\0\0\0\0\2", 12, None)),
-        volumes=(argv.Volume("volume3", 13, readonly=True),),
+        nics=(Nic(b"\2\0\0\0\0\1", 10, 11), Nic(b"\2\0\0\0\0\2", 12, None)),
+        volumes=(Volume("volume3", 13, readonly=True),),
     )  # fmt: skip
     assert {10, 11, 12, 13} <= set(machine.fds)
     words = argv.build("qemu", machine)

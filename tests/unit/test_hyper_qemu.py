@@ -18,14 +18,17 @@ from ambi.core.model import InstanceId, Isolation, VmShape
 from ambi.core.plan import Directory, File, LaunchPlan, Layer, Layers
 from hyper import boot_files, probe, translate, validate
 from hyper.guest.protocol import Fields, ProcessTag, SetupTag, encode
-from hyper.qemu import argv, cgroup, disk, jail
-from hyper.qemu.console import KEEP_BYTES, Console
+from hyper.qemu import argv
 from hyper.qemu.qmp import Qmp
-from hyper.qemu.share import Bind
+from hyper.vm import cgroup, disk, jail, words
+from hyper.vm.console import KEEP_BYTES, Console
+from hyper.vm.hardware import Hardware, Share
+from hyper.vm.layers import LayerDisk
+from hyper.vm.share import Bind
 
-MACHINE = argv.Machine(
+MACHINE = Hardware(
     name="0123456789abcdef", kvm=False, vcpus=1, memory_bytes=256 << 20, tsc_khz=2_600_000,
-    kernel=10, initramfs=11, agent=12, console=13, monitor=14,
+    kernel=10, initramfs=11, agent=12, console=13, control=14,
 )  # fmt: skip
 
 
@@ -56,15 +59,15 @@ def fields(items: Any) -> Fields:
 
 
 def test_words_fit_the_accelerator() -> None:
-    emulated, real = argv.command_line(MACHINE), argv.command_line(MACHINE._replace(kvm=True, vcpus=2))
+    emulated, real = words.command_line(MACHINE), words.command_line(MACHINE._replace(kvm=True, vcpus=2))
     assert "tsc_early_khz=2600000" in emulated.split()
     assert "mitigations=off" in emulated and "noreplace-smp" in emulated
     assert "mitigations=off" not in real and "noreplace-smp" not in real
 
 
 def test_nothing_is_opened_by_a_path_of_ours() -> None:
-    machine = MACHINE._replace(layers=20, layer_fds=(21, 22), disk=23, shares=(argv.Share("binds", 24),))
-    line = " ".join(argv.build("/usr/bin/qemu-system-x86_64", machine)[1:])
+    machine = MACHINE._replace(layers=LayerDisk((), (21, 22)), disk=23, shares=(Share("binds", 24),))
+    line = " ".join(argv.build("/usr/bin/qemu-system-x86_64", machine, 20)[1:])
     assert all(f"fd={fd}," in line or f"/fd/{fd} " in line or f"fd={fd} " in line for fd in machine.fds)
     assert "memory-backend-memfd" in line and "share=on" in line
     assert "-sandbox on," in line and "-nodefaults" in line
@@ -353,5 +356,6 @@ def test_tracefs_is_made_for_who_can_mount_it(tmp_path: Path) -> None:
     found.config["process"]["capabilities"] = {"bounding": ["CAP_CHOWN", "CAP_SYS_ADMIN"]}
     assert translate.may_mount(found)
     emulated = MACHINE._replace(kvm=False)
-    assert "tracefs" not in argv.command_line(emulated) and "tracefs" in argv.command_line(emulated._replace(tracing=False))
-    assert "tracefs" not in argv.command_line(emulated._replace(tracing=False, kvm=True))
+    assert "tracefs" not in words.command_line(emulated)
+    assert "tracefs" in words.command_line(emulated._replace(tracing=False))
+    assert "tracefs" not in words.command_line(emulated._replace(tracing=False, kvm=True))

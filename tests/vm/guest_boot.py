@@ -12,8 +12,8 @@ from hyper import boot_files
 from hyper.guest.client import GuestClient
 from hyper.guest.protocol import Items, MountTag, ProcessTag, SetupTag, Type
 from hyper.kvm.code import tsc_khz
-from hyper.qemu import gpt
-from hyper.qemu.argv import WORDS, WORDS_TCG
+from hyper.vm import gpt
+from hyper.vm.words import WORDS, WORDS_TCG
 from tests.rootfs import busybox_tar
 
 BOOT_S = 120  # a bound against hanging for ever, not a measure

@@ -18,7 +18,8 @@ from ambi.core.loop import Loop
 from ambi.core.model import VmShape
 from ambi.core.plan import Directory, Layer, Layers
 from ambi.core.undo import Undo
-from hyper.qemu import argv, jail
+from hyper.qemu import argv
+from hyper.vm import jail, words
 from tests import driverkit
 from tests.harness import guest_dir
 
@@ -40,7 +41,7 @@ def idle(rig: driverkit.Rig) -> Iterator[driverkit.Running]:
 
 
 def vmm_of(running: driverkit.Running) -> int:
-    pid: int = running.created._parts.vmm.pid  # type: ignore[attr-defined]
+    pid: int = running.created._parts.monitor.child.pid  # type: ignore[attr-defined]
     return pid
 
 
@@ -92,7 +93,7 @@ def test_guest_that_panics_says_so(rig: driverkit.Rig) -> None:
 
 
 def test_boot_that_fails_tells_the_panic(rig: driverkit.Rig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(argv, "WORDS", (*argv.WORDS, "rdinit=/nothing", "root=/dev/nothing"))
+    monkeypatch.setattr(words, "WORDS", (*words.WORDS, "rdinit=/nothing", "root=/dev/nothing"))
     before, loop, plan = descriptors(), Loop(), rig.plan(["true"])
     with pytest.raises(Unavailable, match="Kernel panic") as raised, Undo() as undo:
         rig.driver.create(plan, undo, Deadline.after(120), loop)

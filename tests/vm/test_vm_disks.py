@@ -123,7 +123,7 @@ def test_a_subpath_stays_in_its_source(rig: driverkit.Rig, short_tmp: Path, subp
     (source / "self").symlink_to("/proc/self/root")
     (source / "loop").symlink_to("/loop")
     from hyper import translate
-    from hyper.qemu import share
+    from hyper.vm import share
 
     plan = rig.plan(["true"], mounts=(bind(source, "/x", f"ambi.subpath={subpath}"),))
     (found,) = translate.binds(plan)

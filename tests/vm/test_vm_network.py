@@ -249,7 +249,7 @@ def test_a_namespace_outlives_a_vm_that_was_killed(rig: driverkit.Rig, lab: netk
     place = lab.instance(netkit.network("10.82.0.0/24"))
     with rig.started_plan(plan_in(rig, place)) as running:
         assert len(names_in(place)) > 2
-        os.kill(running.created._parts.vmm.pid, signal.SIGKILL)  # type: ignore[attr-defined]
+        os.kill(running.created._parts.monitor.child.pid, signal.SIGKILL)  # type: ignore[attr-defined]
         assert running.init.finish().code == 137
         running.created._parts.network._joined.clear()  # type: ignore[attr-defined]  # as if the shim were killed as well
     assert names_in(place) == {"lo", "eth0"}

@@ -19,8 +19,8 @@ from typing import NamedTuple
 
 from ambi.core.errors import InvalidRequest, NotFound, Unsupported, from_os_error
 from ambi.linux import mount, paths, process
-from hyper.qemu import jail
-from hyper.qemu.cgroup import Cgroup
+from hyper.vm import jail
+from hyper.vm.cgroup import Cgroup
 
 C_PROGRAM = "/usr/lib/qemu/virtiofsd"
 INSTALL = "apt-get install virtiofsd (Debian 12: qemu-system-common)"

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ambi.core.errors import AmbiError, Conflict, Internal, InvalidRequest, StorageFull, Unsupported, from_os_error
-from hyper.qemu import jail
+from hyper.vm import jail
 
 FICLONE = 0x40049409  # linux/fs.h
 MIN_BYTES = 64 << 20

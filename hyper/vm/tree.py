@@ -10,8 +10,8 @@ from ambi.core.errors import AmbiError, InvalidRequest, Unavailable
 from ambi.core.loop import Loop
 from ambi.core.plan import LaunchPlan
 from hyper.guest.protocol import STREAM_STDOUT, Items, Message, TreeAnswer, TreeTag, Type, Value
-from hyper.qemu.guest_process import Inlet, Outlet
-from hyper.qemu.link import Link
+from hyper.vm.guest_process import Inlet, Outlet
+from hyper.vm.link import Link
 
 TreeDone = Callable[[dict[str, Any] | AmbiError], None]
 READS, WRITES, NEITHER = ("put",), ("get", "diff", "layer", "export"), ("stat",)

@@ -1,4 +1,4 @@
-"""One virtual machine: a QEMU, its agent, and the workload in it. Implements ambi.core.driver.Created."""
+"""One virtual machine: its VMM, its agent, and the workload in it. Implements ambi.core.driver.Created."""
 
 from __future__ import annotations
 
@@ -14,16 +14,15 @@ from ambi.core.model import Status, Usage
 from ambi.core.plan import LaunchPlan
 from hyper import translate
 from hyper.guest.protocol import INIT_ID, VERSION, HelloTag, Items, NetTag, Type
-from hyper.qemu import live, tree
-from hyper.qemu.cgroup import Cgroup
-from hyper.qemu.console import Console
-from hyper.qemu.guest_process import GuestProcess
-from hyper.qemu.jail import Child
-from hyper.qemu.link import Link
-from hyper.qemu.nic import Network
-from hyper.qemu.qmp import Qmp
-from hyper.qemu.share import Server
-from hyper.qemu.tree import Look, TreeDone
+from hyper.vm import live, tree
+from hyper.vm.cgroup import Cgroup
+from hyper.vm.console import Console
+from hyper.vm.guest_process import GuestProcess
+from hyper.vm.link import Link
+from hyper.vm.monitor import Monitor
+from hyper.vm.nic import Network
+from hyper.vm.share import Server
+from hyper.vm.tree import Look, TreeDone
 
 VMM_DIED = 137  # the exit code of every process of a VM whose VMM ended
 POWER_OFF_S = 10.0
@@ -36,13 +35,12 @@ CONSOLE_FILE = "console"
 class Parts:
     """What the driver made before it hands the VM over. All of it is the VM's to end."""
 
-    __slots__ = ("cgroup", "console", "network", "qmp", "servers", "vmm")
+    __slots__ = ("cgroup", "console", "monitor", "network", "servers")
 
     def __init__(
-        self, vmm: Child, qmp: Qmp, console: Console, cgroup: Cgroup, servers: list[Server], network: Network | None
+        self, monitor: Monitor, console: Console, cgroup: Cgroup, servers: list[Server], network: Network | None
     ) -> None:
-        self.vmm = vmm
-        self.qmp = qmp
+        self.monitor = monitor
         self.console = console
         self.cgroup = cgroup
         self.servers = servers
@@ -64,8 +62,8 @@ class VirtualMachine:
         self._looks: list[Look] = []
         self._failure = ""
         self._deleted = False
-        self._link = Link(loop, agent, parts.vmm.pidfd, self)
-        loop.watch(parts.vmm.pidfd, POLLIN, self._vmm_ended)
+        self._link = Link(loop, agent, parts.monitor.child.pidfd, self)
+        loop.watch(parts.monitor.child.pidfd, POLLIN, self._vmm_ended)
         terminal = bool(plan.config["process"].get("terminal"))
         self.init = GuestProcess(loop, self._link, INIT_ID, terminal=terminal, stdin=plan.stdin)
 
@@ -203,7 +201,7 @@ class VirtualMachine:
     def usage(self) -> Usage:
         try:
             fields = self._ask(Type.STATS)
-            read, written = live.block_bytes(self._parts.qmp.execute("query-blockstats", Deadline.after(ANSWER_S)))
+            read, written = self._parts.monitor.block_bytes(Deadline.after(ANSWER_S))
         except Unavailable:
             return self._usage
         numbers = [fields.number(tag) for tag in range(1, 8)]
@@ -234,9 +232,9 @@ class VirtualMachine:
 
     def lost(self, reason: str) -> None:
         """The guest is of no more use: end its VMM, and with it every process."""
-        vmm = self._parts.vmm
+        vmm = self._parts.monitor.child
         if vmm.wait(Deadline.after(0.2)):
-            cause = self._parts.qmp.why_shut_down()
+            cause = self._parts.monitor.why()
             reason = f"the VMM {vmm.how()}" + (f" ({cause})" if cause else "")
         else:
             vmm.kill()
@@ -283,21 +281,21 @@ class VirtualMachine:
 
     def destroy(self) -> None:
         """Kill what is left and remove all of it."""
-        self._loop.unwatch(self._parts.vmm.pidfd)
-        self._parts.vmm.kill()
+        self._loop.unwatch(self._parts.monitor.child.pidfd)
+        self._parts.monitor.child.kill()
         self._link.fail("the virtual machine was removed")
         self._link.close()
         for process in (self.init, *self._execs.values()):
             process.close()
         for look in self._looks:
             look.close()
-        self._parts.qmp.close()
+        self._parts.monitor.close()
         if self._parts.network:
             self._parts.network.close()
         self._parts.console.close()
         for server in self._parts.servers:
             server.end()
-        self._parts.vmm.close()
+        self._parts.monitor.child.close()
         self._parts.cgroup.kill()
         self._parts.cgroup.remove()
 

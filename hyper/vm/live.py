@@ -1,4 +1,4 @@
-"""What changes while a VM runs: limits, and the figures that its VMM has. Values only."""
+"""What changes while a VM runs: its limits. Values only."""
 
 from __future__ import annotations
 
@@ -69,18 +69,3 @@ def limits(plan: LaunchPlan, resources: dict[str, Any]) -> Items:
         if value and (asked.get(key) or (name == "cpu" and key in ("quota", "period") and asked)):
             items.append((tag, value if value > 0 else NO_LIMIT))
     return items
-
-
-def block_bytes(stats: Any) -> tuple[int, int]:
-    """Bytes read and written, of all disks, from the answer to query-blockstats; 0, 0 when it is none."""
-    read = written = 0
-    for entry in stats if isinstance(stats, list) else ():
-        found = entry.get("stats") if isinstance(entry, dict) else None
-        if isinstance(found, dict) and entry.get("qdev"):
-            read += _number(found.get("rd_bytes"))
-            written += _number(found.get("wr_bytes"))
-    return read, written
-
-
-def _number(value: Any) -> int:
-    return value if isinstance(value, int) and value >= 0 else 0

@@ -17,7 +17,7 @@ from ambi.core.errors import Corrupt, InvalidRequest
 from ambi.core.loop import POLLIN, POLLOUT, Loop
 from ambi.core.model import ExitStatus
 from hyper.guest.protocol import CREDIT_STEP, INIT_ID, INITIAL_CREDIT, STREAM_STDERR, STREAM_STDOUT, Message, Type
-from hyper.qemu.link import Link, open_pipe
+from hyper.vm.link import Link, open_pipe
 
 CHUNK = 32 << 10  # of stdin, a frame
 SIGKILL = 9

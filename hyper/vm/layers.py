@@ -1,8 +1,8 @@
-"""The layers of an image as one read-only disk, without copying a byte: a VMDK of flat extents, a partition a layer.
+"""The layers of an image as one read-only disk, without copying a byte: a list of extents, a partition a layer.
 
-QEMU concatenates what a VMDK descriptor lists. Ours lists the front of a partition table, each layer's file, gaps of zeros
-between them, and the table's copy at the end. The descriptor and the table are memory files: nothing of it lies on
-a disk. Every file is handed over as a descriptor (`/dev/fdset/N`), so that a QEMU without rights can read them.
+The VMM concatenates them: the front of a partition table, each layer's file, gaps of zeros between them, and the table's
+copy at the end. The table is a memory file: nothing of it lies on a disk. Every file is handed over as a descriptor, so that
+a VMM without rights can read them.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import NamedTuple
 from ambi.core.errors import Corrupt, NotFound, Unsupported, from_os_error
 from ambi.core.plan import Layer
 from ambi.linux import memfd
-from hyper.qemu import gpt
+from hyper.vm import gpt
 
 
 class Extent(NamedTuple):
@@ -25,7 +25,7 @@ class Extent(NamedTuple):
 
 
 class LayerDisk(NamedTuple):
-    """What QEMU opens. fds: all descriptors to be inherited; the caller owns and closes them."""
+    """The disk. fds: all descriptors to be inherited; the caller owns and closes them."""
 
     extents: tuple[Extent, ...]
     fds: tuple[int, ...]
@@ -91,19 +91,6 @@ def _extents(table: gpt.Table, fds: list[int], around: int) -> list[Extent]:
 def _zeros(around: int, sectors: int) -> Extent:
     """The table's front is zeros between the entries and the first partition."""
     return Extent(around, sectors, gpt.FIRST - gpt.ALIGN)
-
-
-def descriptor(extents: tuple[Extent, ...]) -> bytes:
-    """The VMDK descriptor; QEMU opens descriptor N as /dev/fdset/N.
-
-    No empty lines: QEMU (7.2 to 10) takes the extent that follows one twice.
-    """
-    lines = [
-        "# Disk DescriptorFile", "version=1", "CID=fffffffe", "parentCID=ffffffff", 'createType="twoGbMaxExtentFlat"',
-        *(f'RW {x.sectors} FLAT "/dev/fdset/{x.fd}" {x.offset}' for x in extents),
-        'ddb.virtualHWVersion = "4"', 'ddb.adapterType = "ide"', "",
-    ]  # fmt: skip
-    return "\n".join(lines).encode()
 
 
 def readable(name: str, content: bytes) -> int:

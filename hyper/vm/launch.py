@@ -1,54 +1,29 @@
-"""From a plan to a running VMM: everything QEMU needs is opened here and handed over as descriptors."""
+"""From a plan to a running VMM: everything it needs is opened here and handed over as descriptors."""
 
 from __future__ import annotations
 
 import os
-import socket
 from pathlib import Path
 
-from ambi.core.errors import Forbidden, Unsupported, from_os_error
+from ambi.core.errors import Forbidden, from_os_error
 from ambi.core.loop import Loop
 from ambi.core.plan import Directory, LaunchPlan, Layers
 from ambi.core.undo import Undo
 from hyper import boot_files, probe, translate
-from hyper.qemu import argv, disk, jail, layers, nic, share
-from hyper.qemu.cgroup import Cgroup, Limits
-from hyper.qemu.console import Console
-from hyper.qemu.machine import Parts, VirtualMachine
-from hyper.qemu.qmp import Qmp
+from hyper.vm import disk, jail, layers, nic, share
+from hyper.vm.backend import Backend, Handles
+from hyper.vm.cgroup import Cgroup, Limits
+from hyper.vm.console import Console
+from hyper.vm.hardware import Hardware, Nic, Share, Volume
+from hyper.vm.machine import Parts, VirtualMachine
+from hyper.vm.monitor import Monitor
 
 DISK_FILE = "disk.img"  # in the upper directory
 TEMPLATES = "disks"  # below the guest directory
-OVERHEAD_BYTES = 192 << 20  # of a VMM and virtiofsd beyond the guest's memory and TCG's code
 MAX_TASKS = 512  # threads of a VMM and virtiofsd
 
 
-class Handles:
-    """Descriptors for children: ours are closed once the children run, or when something went wrong before."""
-
-    __slots__ = ("_fds",)
-
-    def __init__(self) -> None:
-        self._fds: list[int] = []
-
-    def add(self, fd: int) -> int:
-        self._fds.append(fd)
-        return fd
-
-    def socket_pair(self) -> tuple[socket.socket, int]:
-        """A stream pair: our end, which is the caller's to close, and the descriptor for the child."""
-        ours, theirs = socket.socketpair()
-        return ours, self.add(theirs.detach())
-
-    def __enter__(self) -> Handles:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for fd in self._fds:
-            os.close(fd)
-
-
-def launch(plan: LaunchPlan, undo: Undo, loop: Loop) -> VirtualMachine:
+def launch(backend: Backend, plan: LaunchPlan, undo: Undo, loop: Loop) -> VirtualMachine:
     """Start the VMM of `plan`; its guest is still to boot. What was made is undone by `undo`, or by the machine's delete.
 
     Raises NotFound (a layer, a bind's source), Unsupported, StorageFull, Forbidden.
@@ -58,29 +33,32 @@ def launch(plan: LaunchPlan, undo: Undo, loop: Loop) -> VirtualMachine:
     with Handles() as handles:
         cgroup = Cgroup(plan.config["linux"]["cgroupsPath"])
         undo.add("remove the cgroup of the VM", cgroup.remove)
-        cgroup.create(_limits(plan, host.kvm))
+        cgroup.create(_limits(plan, backend.overhead_bytes(host.kvm)))
         output, console_fd, console = _console(handles, undo, loop)
         servers = _serve(plan, cgroup, output, undo)
         agent, agent_fd = handles.socket_pair()
         undo.add("close the agent's socket", agent.close)
-        monitor, monitor_fd = handles.socket_pair()
-        undo.add("close the monitor's socket", monitor.close)
-        spec = _machine(plan, host, handles, servers)._replace(console=console_fd, agent=agent_fd, monitor=monitor_fd)
+        hardware = _hardware(plan, host, handles, servers)._replace(console=console_fd, agent=agent_fd)
         network = _network(plan, undo)
         if network:
-            spec = spec._replace(nics=_nics(network, host, handles))
-        vmm = _start(plan, spec, cgroup, output)
+            hardware = hardware._replace(nics=_nics(network, host, handles))
+        monitor = backend.start(hardware, jail.user_id(plan.id), cgroup, output, handles)
+        undo.add("end the VMM", lambda: _end(monitor))
         if network:
             network.close_taps()
-        parts = Parts(vmm, Qmp(monitor), console, cgroup, servers, network)
+        parts = Parts(monitor, console, cgroup, servers, network)
         machine = VirtualMachine(plan, parts, agent, loop)
         undo.add("end the VM", machine.abandon)
         return machine
 
 
-def _limits(plan: LaunchPlan, kvm: bool) -> Limits:
-    memory = translate.shape(plan).memory_bytes + OVERHEAD_BYTES + (0 if kvm else argv.TB_SIZE_MIB << 20)
-    return Limits(memory_bytes=memory, pids=MAX_TASKS)
+def _end(monitor: Monitor) -> None:
+    monitor.child.kill()
+    monitor.close()
+
+
+def _limits(plan: LaunchPlan, overhead: int) -> Limits:
+    return Limits(memory_bytes=translate.shape(plan).memory_bytes + overhead, pids=MAX_TASKS)
 
 
 def _console(handles: Handles, undo: Undo, loop: Loop) -> tuple[int, int, Console]:
@@ -111,20 +89,20 @@ def _network(plan: LaunchPlan, undo: Undo) -> nic.Network | None:
     return nic.Network(path, undo) if path else None
 
 
-def _nics(network: nic.Network, host: probe.Host, handles: Handles) -> tuple[argv.Nic, ...]:
+def _nics(network: nic.Network, host: probe.Host, handles: Handles) -> tuple[Nic, ...]:
     """QEMU's devices; by the kernel's back-end where it is, which needs KVM."""
     found = []
     for device in network.devices:
         vhost = nic.open_vhost() if host.kvm else None
-        found.append(argv.Nic(device.mac, device.fd, handles.add(vhost) if vhost is not None else None))
+        found.append(Nic(device.mac, device.fd, handles.add(vhost) if vhost is not None else None))
     return tuple(found)
 
 
-def _machine(plan: LaunchPlan, host: probe.Host, handles: Handles, servers: list[share.Server]) -> argv.Machine:
-    """The machine without its sockets."""
+def _hardware(plan: LaunchPlan, host: probe.Host, handles: Handles, servers: list[share.Server]) -> Hardware:
+    """The machine without its sockets and NICs."""
     shape = translate.shape(plan)
     files = boot_files.find(plan.guest_dir, shape.kernel)
-    machine = argv.Machine(
+    machine = Hardware(
         name=plan.id,
         kvm=host.kvm,
         vcpus=shape.vcpus,
@@ -135,12 +113,11 @@ def _machine(plan: LaunchPlan, host: probe.Host, handles: Handles, servers: list
         initramfs=handles.add(_open_public(files.initramfs)),
         agent=-1,
         console=-1,
-        monitor=-1,
-        shares=tuple(argv.Share(server.tag, server.sock.fileno()) for server in servers),
+        control=-1,
+        shares=tuple(Share(server.tag, server.sock.fileno()) for server in servers),
     )
     volumes = tuple(
-        argv.Volume(volume.name, handles.add(disk.open_volume(volume)), volume.readonly)
-        for volume in translate.volumes(plan)
+        Volume(volume.name, handles.add(disk.open_volume(volume)), volume.readonly) for volume in translate.volumes(plan)
     )
     machine = machine._replace(volumes=volumes)
     if isinstance(plan.rootfs, Layers):
@@ -156,11 +133,11 @@ def _open_public(path: Path) -> int:
         raise from_os_error("cannot open the guest's kernel", error) from error
     if not os.fstat(fd).st_mode & 0o004:
         os.close(fd)
-        raise Forbidden(f"QEMU, which runs without rights, may not read {path}", hint=f"chmod a+r {path}")
+        raise Forbidden(f"the VMM, which runs without rights, may not read {path}", hint=f"chmod a+r {path}")
     return fd
 
 
-def _with_disks(machine: argv.Machine, plan: LaunchPlan, rootfs: Layers, handles: Handles) -> argv.Machine:
+def _with_disks(machine: Hardware, plan: LaunchPlan, rootfs: Layers, handles: Handles) -> Hardware:
     path = rootfs.upper / DISK_FILE
     disk.ensure(path, translate.shape(plan).disk_bytes, plan.guest_dir / TEMPLATES)
     try:
@@ -173,18 +150,4 @@ def _with_disks(machine: argv.Machine, plan: LaunchPlan, rootfs: Layers, handles
     opened = layers.open_layers(rootfs.lowers)
     for fd in opened.fds:
         handles.add(fd)
-    vmdk = handles.add(layers.readable("disk of layers", layers.descriptor(opened.extents)))
-    return machine._replace(layers=vmdk, layer_fds=opened.fds)
-
-
-def _start(plan: LaunchPlan, machine: argv.Machine, cgroup: Cgroup, output: int) -> jail.Child:
-    qemu = probe.find_qemu()
-    if qemu is None:
-        raise Unsupported("there is no QEMU", hint="apt-get install qemu-system-x86")
-    user = jail.user_id(plan.id)
-
-    def prepare() -> None:
-        cgroup.join()
-        jail.enter_vmm(user, machine.kvm)
-
-    return jail.spawn(argv.build(qemu, machine), machine.fds, output, prepare)
+    return machine._replace(layers=opened)

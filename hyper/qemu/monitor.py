@@ -1,0 +1,47 @@
+"""A running QEMU, as the driver sees it. Implements hyper.vm.monitor.Monitor."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ambi.core.deadline import Deadline
+from hyper.qemu.qmp import Qmp
+from hyper.vm.jail import Child
+
+
+class QemuMonitor:
+    """Owns the QMP socket and the child."""
+
+    __slots__ = ("_accelerator", "_qmp", "child")
+
+    def __init__(self, child: Child, qmp: Qmp, accelerator: str) -> None:
+        self.child = child
+        self._qmp = qmp
+        self._accelerator = accelerator
+
+    def block_bytes(self, by: Deadline) -> tuple[int, int]:
+        return block_bytes(self._qmp.execute("query-blockstats", by))
+
+    def inspect(self, by: Deadline) -> dict[str, Any]:
+        return {"vmm": "qemu", "accelerator": self._accelerator}
+
+    def why(self) -> str:
+        return self._qmp.why_shut_down()
+
+    def close(self) -> None:
+        self._qmp.close()
+
+
+def block_bytes(stats: Any) -> tuple[int, int]:
+    """Bytes read and written, of all disks, from the answer to query-blockstats; 0, 0 when it is none."""
+    read = written = 0
+    for entry in stats if isinstance(stats, list) else ():
+        found = entry.get("stats") if isinstance(entry, dict) else None
+        if isinstance(found, dict) and entry.get("qdev"):
+            read += _number(found.get("rd_bytes"))
+            written += _number(found.get("wr_bytes"))
+    return read, written
+
+
+def _number(value: Any) -> int:
+    return value if isinstance(value, int) and value >= 0 else 0

@@ -1,0 +1,1 @@
+"""What every back-end of virtual machines shares: see hyper/README.md."""

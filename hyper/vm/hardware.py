@@ -1,0 +1,73 @@
+"""The machine that a back-end is to make: values and descriptors, the same for every VMM."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from hyper.vm.layers import LayerDisk
+
+
+class Share(NamedTuple):
+    """A file tree by virtiofs: the tag that the guest mounts, and a socket connected to its virtiofsd."""
+
+    tag: str
+    fd: int
+
+
+class Volume(NamedTuple):
+    """A further disk, which the guest finds by `serial`."""
+
+    serial: str
+    fd: int
+    readonly: bool
+
+
+class Nic(NamedTuple):
+    """A network device: its MAC and its tap's descriptor; `vhost` is one of the kernel's back-end, or None."""
+
+    mac: bytes
+    fd: int
+    vhost: int | None
+
+
+class Hardware(NamedTuple):
+    """A VM to be started. The VMM inherits the descriptors under their numbers.
+
+    kernel, initramfs: descriptors of files that anybody may read (QEMU opens them once more).
+    agent, console: connected stream sockets; control: the VMM's own, see the back-end.
+    layers: the read-only disk with a partition a layer, or None. disk: of the writable image, or None;
+    disk_flushes: whether a flush in the guest is one on the host, which nobody needs of a disk that is removed at the end.
+    tracing: whether somebody in the guest could look into tracefs.
+    tsc_khz: the host's rate. words: further ones of the kernel's command line.
+    """
+
+    name: str
+    kvm: bool
+    vcpus: int
+    memory_bytes: int
+    tsc_khz: int
+    kernel: int
+    initramfs: int
+    agent: int
+    console: int
+    control: int
+    layers: LayerDisk | None = None
+    disk: int | None = None
+    disk_flushes: bool = True
+    shares: tuple[Share, ...] = ()
+    nics: tuple[Nic, ...] = ()
+    volumes: tuple[Volume, ...] = ()
+    tracing: bool = True
+    words: tuple[str, ...] = ()
+
+    @property
+    def fds(self) -> tuple[int, ...]:
+        """Everything to be inherited."""
+        some = (self.kernel, self.initramfs, self.agent, self.console, self.control, self.disk)
+        return (
+            *(fd for fd in some if fd is not None),
+            *(self.layers.fds if self.layers else ()),
+            *(share.fd for share in self.shares),
+            *(fd for nic in self.nics for fd in (nic.fd, nic.vhost) if fd is not None),
+            *(volume.fd for volume in self.volumes),
+        )

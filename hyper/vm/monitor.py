@@ -1,0 +1,27 @@
+"""What a driver needs of a VMM beside the agent's link: the process, some figures, why it ended."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from ambi.core.deadline import Deadline
+from hyper.vm.jail import Child
+
+
+class Monitor(Protocol):
+    """One running VMM. It is not trusted: answers are checked, and every wait has an end."""
+
+    @property
+    def child(self) -> Child: ...
+
+    def block_bytes(self, by: Deadline) -> tuple[int, int]:
+        """Bytes read and written by all disks. Raises Unavailable, DeadlineExceeded."""
+
+    def inspect(self, by: Deadline) -> dict[str, Any]:
+        """What `inspect` shows of a running VM: {"vmm": name, ...} with the back-end's own figures."""
+
+    def why(self) -> str:
+        """Of a VMM that has ended: the cause that it gave (`guest-reset`, `guest-panic`, ...), else ""."""
+
+    def close(self) -> None:
+        """Close what the monitor holds, but for the child."""
