@@ -172,17 +172,36 @@ class Networks:
             self._networks[network.id] = network
 
     def make(self, network: Network) -> None:
-        """Store `network` and have it in the kernel; nothing is left when it fails."""
+        """Store `network` and have it in the kernel; nothing is left when it fails.
+
+        Where nothing is left that can fail, nobody waits for the kernel: another bridge's removal keeps it for 40 ms.
+        """
         self.store(network)
-        try:
-            self.host.ensure(network)
-        except BaseException:
-            self._drop(network)
-            self.host.remove(network)
-            raise
-        if network.driver == "bridge":
-            self.names.warm_up()
+        if self.host.certain(network):
+            self._start(lambda: self._bring_up(network))
+        else:
+            try:
+                self.host.ensure(network)
+            except BaseException:
+                self._drop(network)
+                self.host.remove(network)
+                raise
+            if network.driver == "bridge":
+                self.names.warm_up()
         self.publish(network, "create")
+
+    def _bring_up(self, network: Network) -> None:
+        """Make what `make` has promised. A start that is here first, or finds that it failed, makes it itself, and says why
+        it cannot."""
+        try:
+            self.host.create(network)
+            with self.lock:
+                removed = network.id not in self._networks
+            if removed:  # and taken away, perhaps before it was there
+                self.host.remove(network)
+        except AmbiError as error:
+            log.error("network %s: %s", network.name, error)
+        self.names.warm_up()
 
     def _drop(self, network: Network) -> None:
         with self.lock:

@@ -15,6 +15,8 @@ from ambi.network.model import Network, Nic, Port
 
 log = logging.getLogger(__name__)
 
+_EVERY_LINK = ("fe80::/64", "ff00::/8")  # every IPv6 link has these
+
 
 class NetworkHost:
     """The host's side of every network of one run root, in the network namespace that the caller's process is in.
@@ -27,6 +29,7 @@ class NetworkHost:
         self._rules = rules.Rules(tag)
         self._lock = threading.RLock()  # over bridges; veths need none
         self._ready: dict[str, tuple[Network, str, int]] = {}  # network id -> as it was made, link, index
+        self._proven: set[tuple[str, bool]] = set()  # kinds of bridges that this host has let us make
         self._socket: rtnl.Rtnl | None = None
         self._socket_lock = threading.Lock()
         self._firewall = firewall.Firewall()
@@ -53,22 +56,51 @@ class NetworkHost:
                 name, index = self._ensure_bridge(network)
             else:
                 name, index = children.ensure_parent(network, self.tag)
-            self._ready[network.id] = (network, name, index)
-            if network.driver == "bridge":
-                self._pass_firewalls()
+            self._made(network, name, index)
+
+    def _made(self, network: Network, name: str, index: int) -> None:
+        self._ready[network.id] = (network, name, index)
+        if network.driver == "bridge":
+            self._proven.add(_kind(network))
+            self._pass_firewalls()
+
+    def certain(self, network: Network) -> bool:
+        """Whether `create` will succeed for `network`, which is new: a bridge like it has been made before, and what else
+        the kernel may object to is settled. So whoever asked for it need not wait for the kernel."""
+        if network.driver != "bridge" or _kind(network) not in self._proven or any(map(network.options.get, links.OPTIONS)):
+            return False
+        return all(ipam.is_private(pool.subnet) for pool in network.pools) and not _index(link_of(network, self.tag))
+
+    def create(self, network: Network) -> None:
+        """`ensure` for a network that is `certain`, in a tenth of the time: its link is not there, nor anything that was on
+        it. Raises the same."""
+        with self._lock:
+            if network.id in self._ready:
+                return
+            name = self._prepare(network)
+            try:
+                index = links.new_bridge(self._netlink(), network, self.tag)
+            except OSError as error:
+                raise links.netlink_error(f"make network '{network.name}'", error) from error
+            self._made(network, name, index)
 
     def _ensure_bridge(self, network: Network) -> tuple[str, int]:
+        name = self._prepare(network)
+        with links.opened(f"make network '{network.name}'") as route:
+            index = links.ensure_bridge(route, network, self.tag)
+            links.adopt_ports(route, network.id, self.tag, index)
+        return name, index
+
+    def _prepare(self, network: Network) -> str:
+        """What has to be so before the bridge is there; the bridge's name."""
         name = link_of(network, self.tag)
         if not network.internal:
             if any("." in pool.subnet for pool in network.pools):
                 sysctl.forward_ipv4()
             if any(":" in pool.subnet for pool in network.pools):
                 sysctl.forward_ipv6()
-        self._rules.network(network.id, rules.of_network(network, name))  # before there is a link that needs them
-        with links.opened(f"make network '{network.name}'") as route:
-            index = links.ensure_bridge(route, network, self.tag)
-            links.adopt_ports(route, network.id, self.tag, index)
-        return name, index
+        self._rules.network(network.id, rules.of_network(network, name))
+        return name
 
     def _pass_firewalls(self) -> None:
         if self._watch is None:
@@ -203,8 +235,11 @@ class NetworkHost:
 
     def routes(self) -> list[str]:
         """Subnets that this host has routes to, IPv4 and IPv6, without default routes: for `ipam.choose`."""
-        with links.opened("list routes") as route:
-            return links.routes(route)
+        try:
+            found = {text for family in (socket.AF_INET, socket.AF_INET6) for text in self._netlink().routes(family)}
+        except OSError as error:
+            raise links.netlink_error("list routes", error) from error
+        return sorted(found.difference(_EVERY_LINK))
 
     def sweep(self, networks: Iterable[Network], keys: Collection[str]) -> None:
         """Drop links, rules and published ports of ours that none of `networks` and no instance of `keys` needs.
@@ -251,6 +286,11 @@ class NetworkHost:
             if self._socket is None:
                 self._socket = rtnl.Rtnl()
             return self._socket
+
+
+def _kind(network: Network) -> tuple[str, bool]:
+    """What decides which parts of the kernel a bridge network needs: its families, and whether it is internal."""
+    return " ".join(sorted({"6" if ":" in pool.subnet else "4" for pool in network.pools})), network.internal
 
 
 def _index(name: str) -> int:

@@ -19,6 +19,7 @@ Ip = ipaddress.IPv4Address | ipaddress.IPv6Address
 # libnetwork's local pools: 172.17/16 to 172.31/16 without 172.16, then 192.168.0.0/16 in pieces of /20.
 _DEFAULTS = [f"172.{n}.0.0/16" for n in range(17, 32)] + [f"192.168.{n}.0/20" for n in range(0, 256, 16)]
 _ULA_PREFIX = 0xFD << 120  # RFC 4193, locally assigned
+_PRIVATE = [ipaddress.ip_network(text) for text in ("10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "fc00::/7")]
 _TRIES = 64
 
 
@@ -41,6 +42,12 @@ def address(text: str) -> Ip:
         return ipaddress.ip_address(text)
     except ValueError as error:
         raise InvalidRequest(f"invalid IP address: {text}") from error
+
+
+def is_private(text: str) -> bool:
+    """Whether a subnet is among those of RFC 1918 and RFC 4193, all of whose addresses a link can have."""
+    net = ipaddress.ip_network(text)
+    return any(net.version == other.version and net.subnet_of(other) for other in _PRIVATE)  # type: ignore[arg-type]
 
 
 def choose(used: Iterable[str], family: int = 4) -> Pool:

@@ -25,9 +25,10 @@ _NLMSGERR_ATTR_MSG = 1
 _NLA_F_NESTED = 0x8000
 
 # linux/rtnetlink.h
-_RTM_NEWLINK, _RTM_DELLINK, _RTM_GETLINK, _RTM_SETLINK, _RTM_NEWADDR, _RTM_NEWROUTE = 16, 17, 18, 19, 20, 24
-_RTA_OIF, _RTA_GATEWAY = 4, 5
-_RT_TABLE_MAIN, _RTPROT_BOOT, _RTN_UNICAST = 254, 3, 1
+_RTM_NEWLINK, _RTM_DELLINK, _RTM_GETLINK, _RTM_SETLINK, _RTM_NEWADDR = 16, 17, 18, 19, 20
+_RTM_NEWROUTE, _RTM_GETROUTE = 24, 26
+_RTA_DST, _RTA_OIF, _RTA_GATEWAY, _RTA_TABLE = 1, 4, 5, 15
+_RT_TABLE_MAIN, _RT_TABLE_LOCAL, _RTPROT_BOOT, _RTN_UNICAST = 254, 255, 3, 1
 RT_SCOPE_UNIVERSE, RT_SCOPE_LINK = 0, 253
 
 # linux/if_link.h
@@ -35,6 +36,7 @@ _IFLA_ADDRESS, _IFLA_IFNAME, _IFLA_MTU, _IFLA_LINK, _IFLA_MASTER = 1, 3, 4, 5, 1
 _IFLA_LINKINFO, _IFLA_IFALIAS, _IFLA_STATS64, _IFLA_NET_NS_FD = 18, 20, 23, 28
 _IFLA_INFO_KIND, _IFLA_INFO_DATA, _IFLA_INFO_SLAVE_KIND, _IFLA_INFO_SLAVE_DATA = 1, 2, 4, 5
 _VETH_INFO_PEER = 1
+_IFLA_BR_FORWARD_DELAY, _IFLA_BR_STP_STATE = 1, 5
 _IFLA_BRPORT_MODE, _IFLA_BRPORT_ISOLATED = 4, 33
 _IFLA_MACVLAN_MODE, _IFLA_IPVLAN_MODE, _IFLA_IPVLAN_FLAGS = 1, 1, 2
 MACVLAN_MODES = {"private": 1, "vepa": 2, "bridge": 4, "passthru": 8}  # enum macvlan_mode
@@ -98,6 +100,19 @@ def new_veth(name: str, *, master: int, mtu: int, peer: str, peer_mac: str, peer
     )
     outer = _text(_IFLA_IFNAME, name) + _number(_IFLA_MTU, mtu) + _number(_IFLA_MASTER, master)
     return Message(_RTM_NEWLINK, _NLM_F_CREATE | _NLM_F_EXCL, _link(0, outer + info, up=True))
+
+
+def new_bridge(name: str, *, mac: str) -> Message:
+    """A bridge, down. Its MAC is given: else it is the lowest of its ports, which come and go."""
+    # with a forward delay a port passes nothing for that long, with STP switched off too
+    data = nested(_IFLA_INFO_DATA, _number(_IFLA_BR_FORWARD_DELAY, 0), _number(_IFLA_BR_STP_STATE, 0))
+    info = nested(_IFLA_LINKINFO, _text(_IFLA_INFO_KIND, "bridge"), data)
+    address = attribute(_IFLA_ADDRESS, bytes.fromhex(mac.replace(":", "")))
+    return Message(_RTM_NEWLINK, _NLM_F_CREATE | _NLM_F_EXCL, _link(0, _text(_IFLA_IFNAME, name) + address + info))
+
+
+def set_alias(name: str, alias: str) -> Message:
+    return Message(_RTM_NEWLINK, 0, _link(0, _text(_IFLA_IFNAME, name) + attribute(_IFLA_IFALIAS, alias.encode())))
 
 
 def new_macvlan(name: str, *, parent: int, mode: str, mac: str, mtu: int, netns: int) -> Message:
@@ -226,6 +241,19 @@ class Rtnl:
                     if kind in (_NLMSG_DONE, _NLMSG_ERROR):
                         return found
                     found.append(body)
+
+    def routes(self, family: int) -> set[str]:
+        """Destinations of the unicast routes of `family` (AF_INET, AF_INET6) in every table, `10.1.0.0/16`, without default
+        routes and the host's own addresses. Raises OSError."""
+        found = set()
+        for body in self.dump(Message(_RTM_GETROUTE, 0, _RTMSG.pack(family, 0, 0, 0, 0, 0, 0, 0, 0))):
+            _, length, _, _, table, _, _, kind, _ = _RTMSG.unpack_from(body)
+            values = attributes(body[_RTMSG.size :])
+            if _RTA_TABLE in values:
+                table = struct.unpack("=I", values[_RTA_TABLE])[0]
+            if length and _RTA_DST in values and kind == _RTN_UNICAST and table != _RT_TABLE_LOCAL:
+                found.add(f"{socket.inet_ntop(family, values[_RTA_DST])}/{length}")
+        return found
 
     def counters(self, name: str) -> dict[str, int]:
         """rx_packets, tx_packets, rx_bytes, ... of link `name`, as the kernel counts them. Raises OSError (ENODEV)."""

@@ -300,3 +300,19 @@ def test_a_vm_is_on_networks_as_a_container_is(engine: Networked) -> None:
     engine.ok("network", "disconnect", "web", "vm")
     assert engine.ok("exec", "vm", "ls", "/sys/class/net").split() == ["eth1", "lo"]
     assert engine.fetch("127.0.0.1", 8080) == b"vm\n"
+
+
+def test_networks_that_come_and_go_at_once(engine: Networked) -> None:
+    """Their bridges are made and removed behind the answers: in the end each is as its network is."""
+    engine.ok("network", "create", "first")
+    for _ in range(5):
+        ids = [engine.ok("network", "create", name) for name in ("one", "two")]
+        engine.ok("network", "rm", "one")
+        serving(engine, "web", "--network", "two")
+        engine.ok("rm", "-f", "web")
+        engine.ok("network", "rm", "two")
+    stays = engine.ok("network", "create", "stays")
+    until(lambda: f"ambi-{stays[:10]}" in engine.links(), "its bridge")
+    until(lambda: not {f"ambi-{id[:10]}" for id in ids} & set(engine.links()), "those that are removed have gone")
+    bridges = {name for name in engine.links() if name.startswith("ambi-")}
+    assert bridges == {f"ambi-{stays[:10]}", f"ambi-{engine.ok('network', 'inspect', '-f', '{{.Id}}', 'first')[:10]}"}

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from ambi.core.errors import Conflict, InvalidRequest, Unsupported
 from ambi.network import links, sysctl
 from ambi.network.host import link_of
-from ambi.network.model import Port
+from ambi.network.model import Network, Port
 from tests.netkit import HOST4, HOST6, OUTSIDE4, OUTSIDE6, Host, Lab, network
 
 UDP = socket.SOCK_DGRAM
@@ -33,6 +35,13 @@ def names(lab: Lab) -> set[str]:
 
 def nft(lab: Lab, *command: str) -> str:
     return lab.host.do(subprocess.run, ["nft", *command], check=True, capture_output=True, text=True).stdout
+
+
+def described(lab: Lab, net: Network) -> dict[str, Any]:
+    """What `ip` says about the bridge of `net`."""
+    argv = ["ip", "-j", "-d", "address", "show", "dev", link_of(net, "")]
+    found: list[dict[str, Any]] = json.loads(lab.host.do(subprocess.check_output, argv))
+    return found[0]
 
 
 def test_traffic_of_two_networks(lab: Lab) -> None:
@@ -201,6 +210,34 @@ def test_heals_what_others_take_away(lab: Lab) -> None:
     nft(lab, "flush", "ruleset")
     lab.host.net.publish("b", [Port("tcp", "", 8081, 80, (b.ip4,))])
     assert lab.outside.reach(at_a, HOST4, 8080) == OUTSIDE4
+
+
+def test_a_network_whose_making_nobody_waits_for(lab: Lab) -> None:
+    """Certain is what differs from a network of before by names and private subnets alone; `create` makes what `ensure`
+    makes."""
+    four, both = network("10.1.0.0/24", name="four"), network("10.2.0.0/24", "fd02::/64", name="both")
+    for first in (four, both):
+        assert not lab.host.net.certain(first), "nothing like it has been made yet"
+        lab.host.net.ensure(first)
+    new = network("10.8.0.0/24", "fd08::/64", name="new")
+    assert lab.host.net.certain(new)
+    for key, value in (("bridge.name", "lab0"), ("driver.mtu", "1400")):
+        assert not lab.host.net.certain(new._replace(options={f"com.docker.network.{key}": value}))
+    assert not lab.host.net.certain(new._replace(internal=True))
+    assert not lab.host.net.certain(network("127.3.0.0/24", name="loop"))
+
+    lab.host.net.create(new)
+    made, like = described(lab, new), described(lab, both)
+    assert made["ifalias"] == f"ambi {new.id}"
+    assert (made["flags"], made["mtu"]) == (like["flags"], like["mtu"])
+    assert [made["linkinfo"]["info_data"][key] for key in ("stp_state", "forward_delay")] == [0, 0]
+    assert {(a["local"], a["prefixlen"]) for a in made["addr_info"] if a["scope"] == "global"} == {
+        ("10.8.0.1", 24), ("fd08::1", 64)
+    }  # fmt: skip
+    assert not lab.host.net.certain(new), "its link is there"
+    a, b = lab.instance(new), lab.instance(new)
+    at_a = a.listen(80)
+    assert (b.reach(at_a, a.ip4, 80), b.reach(at_a, a.ip6, 80)) == (b.ip4, b.ip6)
 
 
 def test_another_engine_takes_over(lab: Lab) -> None:
