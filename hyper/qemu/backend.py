@@ -33,11 +33,11 @@ class QemuBackend:
 
         def prepare() -> None:
             cgroup.join()
-            jail.enter_vmm(user, hardware.kvm)
+            jail.enter_vmm(user, program=qemu, kvm=hardware.kvm)
 
         try:
             inherited = (*hardware.fds, *(() if disk is None else (disk,)))
-            child = jail.spawn(argv.build(qemu, hardware, disk), inherited, output, prepare)
+            child = jail.spawn(argv.build(qemu, hardware, disk), inherited, output, prepare, alone=True)
         except BaseException:
             control.close()
             raise

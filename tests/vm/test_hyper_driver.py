@@ -57,8 +57,17 @@ def test_vmm_has_no_rights(idle: driverkit.Running) -> None:
     assert fields["Groups"].strip() == ""
     assert {fields[f"Cap{kind}"] for kind in ("Inh", "Prm", "Eff", "Amb")} == {"0" * 16}
     assert (fields["NoNewPrivs"], fields["Seccomp"]) == ("1", "2")
-    for kind in ("net", "mnt", "ipc", "uts"):
+    for kind in ("net", "mnt", "ipc", "uts", "pid"):
         assert os.readlink(f"/proc/{pid}/ns/{kind}") != os.readlink(f"/proc/self/ns/{kind}")
+
+
+def test_vmm_sees_no_file_and_no_process_of_the_host(idle: driverkit.Running) -> None:
+    root = Path(f"/proc/{vmm_of(idle)}/root")
+    assert set(os.listdir(root)) <= {"usr", "bin", "lib", "lib64", "etc", "dev", "proc"}
+    assert set(os.listdir(root / "etc")) <= {"ld.so.cache"}
+    assert [name for name in os.listdir(root / "proc") if name.isdigit()] == ["1"]
+    assert all("ro" in line.split()[5].split(",") for line in (root / "proc/1/mountinfo").read_text().splitlines()
+               if line.split()[4] in ("/", "/usr", "/dev"))  # fmt: skip
 
 
 def test_vmm_holds_no_path_of_ours(idle: driverkit.Running) -> None:
