@@ -1,0 +1,42 @@
+"""Registers of virtio over MMIO (virtio 1.2, section 4.2.2), status and feature bits (sections 2.1 and 6)."""
+
+from __future__ import annotations
+
+MAGIC = 0x74726976  # "virt"
+VERSION = 2
+VENDOR = 0x69626D61  # "ambi"
+
+MAGIC_VALUE = 0x000
+VERSION_NUMBER = 0x004
+DEVICE_ID = 0x008
+VENDOR_ID = 0x00C
+DEVICE_FEATURES = 0x010
+DEVICE_FEATURES_SELECT = 0x014
+DRIVER_FEATURES = 0x020
+DRIVER_FEATURES_SELECT = 0x024
+QUEUE_SELECT = 0x030
+QUEUE_SIZE_MAX = 0x034
+QUEUE_SIZE = 0x038
+QUEUE_READY = 0x044
+QUEUE_NOTIFY = 0x050
+INTERRUPT_STATUS = 0x060
+INTERRUPT_ACK = 0x064
+STATUS = 0x070
+QUEUE_DESCRIPTORS = 0x080  # each of the three is a low and a high word
+QUEUE_DRIVER = 0x090
+QUEUE_DEVICE = 0x0A0
+SHM_LENGTH = 0x0B0  # of 64 bits, as is the base after it; all ones: there is no such region
+SHM_BASE = 0x0B8
+CONFIG_GENERATION = 0x0FC
+CONFIG = 0x100
+PAGE = 4096
+
+USED_BUFFER, CONFIG_CHANGE = 1, 2  # InterruptStatus
+
+ACKNOWLEDGE, DRIVER, DRIVER_OK, FEATURES_OK = 1, 2, 4, 8  # Status
+NEEDS_RESET, FAILED = 64, 128
+
+F_INDIRECT = 1 << 28
+F_EVENT_IDX = 1 << 29
+F_VERSION_1 = 1 << 32
+RING_FEATURES = F_INDIRECT | F_EVENT_IDX
