@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ambi.api import instance_shapes as shapes
 from ambi.api.exchange import NO_CONTENT, Call, Reply, json_reply
 from ambi.api.query import Query
 from ambi.api.router import Route
 from ambi.api.top import table
-from ambi.core.errors import InvalidRequest, NotFound, Unsupported
+from ambi.core.errors import AmbiError, InvalidRequest, NotFound, Unsupported
+from ambi.core.model import Isolation
 from ambi.engine.query import tree_bytes
 from ambi.engine.types import CreateSpec, Instance
 
@@ -57,7 +58,17 @@ def inspect(call: Call) -> Reply:
     shown = shapes.inspect(instance, call.version)
     if call.query.flag("size"):
         shown.update(sizes(call.engine, instance))
+    if call.query.flag("machine") and instance.isolation is Isolation.VM and instance.state.running:
+        shown["Machine"] = _machine(call.engine, instance)
     return json_reply(shown)
+
+
+def _machine(engine: Engine, instance: Instance) -> dict[str, Any]:
+    """What the VMM tells of itself; one that ends meanwhile, or is too busy to tell, says why it does not."""
+    try:
+        return engine.machine(instance.id)
+    except AmbiError as error:
+        return {"error": error.message}
 
 
 def sizes(engine: Engine, instance: Instance) -> dict[str, int]:

@@ -127,6 +127,13 @@ class Pluggable(Protocol):
         """Take it away; the engine deletes the interface afterwards. One that is not there is no error."""
 
 
+class Inspectable(Protocol):
+    """Of a Created: what is worth knowing of the machine behind it, for people who look into it."""
+
+    def inspect(self) -> dict[str, Any]:
+        """Plain JSON: {"vmm": name, "accelerator": name, ...} with the back-end's own figures."""
+
+
 class Browsable(Protocol):
     """Of a Created, and of what `Driver.browse(plan, undo, by, loop)` returns for an instance that does not run."""
 

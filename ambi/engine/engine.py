@@ -243,6 +243,10 @@ class Engine:
         """Raises Conflict when it does not run."""
         return Usage(**self._running(id).connection.call("usage", by=Deadline.after(_CALL_S)))
 
+    def machine(self, id: str) -> dict[str, Any]:
+        """What the driver tells of the machine behind a running instance; {} of a container. Raises Conflict."""
+        return self._running(id).connection.call("inspect", by=Deadline.after(_CALL_S))
+
     def traffic(self, id: str) -> dict[str, dict[str, int]]:
         """rx_bytes, tx_packets, ... of each interface by its name; {} without a network of ours."""
         return self.networks.counters(self._core.registry.find(id))

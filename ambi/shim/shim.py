@@ -252,6 +252,11 @@ class Shim:
     def usage(self, _request: Request) -> dict[str, Any]:
         return self._running().usage()._asdict()
 
+    def inspect(self, _request: Request) -> dict[str, Any]:
+        """{} of a driver that has nothing to say."""
+        found = getattr(self._running(), "inspect", None)
+        return found() if found else {}
+
     def processes(self, _request: Request) -> dict[str, Any]:
         return {"processes": self._running().processes()}
 
@@ -452,6 +457,7 @@ HANDLERS: dict[str, Callable[[Shim, Request], dict[str, Any] | None]] = {
     "resize": Shim.resize,
     "state": Shim.state,
     "usage": Shim.usage,
+    "inspect": Shim.inspect,
     "processes": Shim.processes,
     "tree": Shim.tree,
     "netns": Shim.netns,

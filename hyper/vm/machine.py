@@ -217,6 +217,9 @@ class VirtualMachine:
         except (ValueError, IndexError) as error:
             raise Corrupt("the guest's list of processes is damaged") from error
 
+    def inspect(self) -> dict[str, Any]:
+        return self._parts.monitor.inspect(Deadline.after(ANSWER_S))
+
     def _ask(self, kind: Type) -> Any:
         return self._link.wait(self._link.request(kind), Deadline.after(ANSWER_S), "the guest's agent").fields
 

@@ -80,6 +80,7 @@ def test_execs_signals_and_usage(opened: Opened, runtime: str) -> None:
     assert engine.exec_get(exec_id).exit_code == 4
     assert engine.usage(id).memory_bytes > 0
     assert any("sh -c" in row["command"] for row in engine.top(id))
+    assert engine.machine(id).get("vmm") == (None if runtime == "container" else "qemu")
     engine.stop(id, 60)
     assert engine.get(id).state.exit_code == 9
     engine.start(id)

@@ -54,7 +54,8 @@ def show(names: tuple[str, ...], template: str | None, find: Callable[[str], Any
 def _find(app: App, name: str, kind: str | None) -> Any:
     for word in [kind] if kind else KINDS:
         try:
-            return app.client.get(path_of(KINDS[word], name, *(() if word in ("network", "volume") else ("json",))))
+            path = path_of(KINDS[word], name, *(() if word in ("network", "volume") else ("json",)))
+            return app.client.get(path, {"machine": "1"} if word == "container" else None)
         except NotFound:
             continue
     what = kind or "container, image, network or volume"
