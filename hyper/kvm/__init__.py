@@ -1,1 +1,1 @@
-"""The kernel's /dev/kvm by raw ioctls. Today: the probe that tells a KVM that runs code from one that emulates it."""
+"""The kernel's /dev/kvm: the API as a table (api.py) and objects that own its descriptors. docs/kvm.md shows it in use."""

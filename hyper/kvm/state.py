@@ -1,0 +1,116 @@
+"""The state of a vCPU and of what the kernel holds of a VM, as what JSON can hold: numbers, lists, bytes as hex.
+
+The order of restoring matters (Documentation/virt/kvm/api.rst, and what the calls do to each other): CPUID says which
+registers there are; XCR0 says how XSAVE is laid out; setting registers drops pending exceptions, so events come after; the
+TSC deadline counts only when the LAPIC is in that mode, so it follows the LAPIC.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from errno import EINVAL
+from typing import Any
+
+from hyper.kvm import api
+from hyper.kvm import structs as s
+from hyper.kvm.api import call
+from hyper.kvm.cpuid import CpuidEntry
+from hyper.kvm.errors import KvmError
+from hyper.kvm.vcpu import Vcpu
+from hyper.kvm.vm import Vm
+
+State = dict[str, Any]
+CHIPS = (api.KVM_IRQCHIP_PIC_MASTER, api.KVM_IRQCHIP_PIC_SLAVE, api.KVM_IRQCHIP_IOAPIC)
+_UNFINISHED = (api.KVM_EXIT_IO, api.KVM_EXIT_MMIO, api.KVM_EXIT_X86_RDMSR, api.KVM_EXIT_X86_WRMSR, api.KVM_EXIT_HYPERCALL)
+
+
+def save_vcpu(vcpu: Vcpu, msr_indices: list[int]) -> State:
+    """All of it; it must not run, and no other vCPU of its VM either. `msr_indices`: of Kvm.msr_indices().
+
+    Raises:
+        ValueError: its last exit is not finished (see Vcpu.run).
+    """
+    if vcpu.exit.exit_reason in _UNFINISHED:
+        raise ValueError(f"vCPU {vcpu.index} is in the middle of an instruction: kick it, and run it until KVM_EXIT_INTR")
+    state: State = {"mp_state": vcpu.mp_state}  # first: asking for it may still change the others
+    state["regs"] = _hex(vcpu.regs)
+    state["sregs"] = _hex(vcpu.sregs)
+    state["xcrs"] = _hex(vcpu.xcrs)
+    state["xsave"] = vcpu.xsave.hex()
+    state["debugregs"] = _hex(vcpu.debugregs)
+    state["lapic"] = _hex(vcpu.lapic) if vcpu.has_lapic else None
+    state["tsc_khz"] = vcpu.tsc_khz
+    state["cpuid"] = [list(entry) for entry in vcpu.cpuid]
+    state["msrs"] = {f"{index:#x}": value for index, value in vcpu.get_msrs(msr_indices).items()}
+    state["events"] = _hex(vcpu.events)
+    return state
+
+
+def restore_vcpu(vcpu: Vcpu, state: State) -> None:
+    """Into a vCPU that never ran. Raises KvmError or ValueError when this host cannot hold it, KeyError when it is none."""
+    vcpu.set_cpuid([CpuidEntry(*entry) for entry in state["cpuid"]])
+    if vcpu.tsc_khz != state["tsc_khz"]:
+        vcpu.set_tsc_khz(state["tsc_khz"])
+    vcpu.set_sregs(_struct(s.kvm_sregs, state["sregs"]))
+    vcpu.set_xcrs(_struct(s.kvm_xcrs, state["xcrs"]))
+    vcpu.set_xsave(bytes.fromhex(state["xsave"]))
+    msrs = {int(index, 16): value for index, value in state["msrs"].items()}
+    deadline = msrs.pop(api.MSR_IA32_TSC_DEADLINE, 0)
+    vcpu.set_msrs(msrs)
+    vcpu.set_regs(_struct(s.kvm_regs, state["regs"]))
+    if state["lapic"] is not None:
+        vcpu.set_lapic(_struct(s.kvm_lapic_state, state["lapic"]))
+    if deadline:
+        vcpu.set_msrs({api.MSR_IA32_TSC_DEADLINE: deadline})
+    vcpu.set_events(_struct(s.kvm_vcpu_events, state["events"]))
+    vcpu.set_debugregs(_struct(s.kvm_debugregs, state["debugregs"]))
+    vcpu.set_mp_state(state["mp_state"])
+
+
+def save_vm(vm: Vm) -> State:
+    """The interrupt controllers, the timer and the clock, after the vCPUs. Memory is not in it."""
+    state: State = {"clock": vm.get_clock(), "irqchips": None, "pit": None}
+    if vm.has_irqchip:
+        state["irqchips"] = [_get_chip(vm, chip) for chip in CHIPS]
+    if vm.has_pit:
+        pit = s.kvm_pit_state2()
+        call(vm.fd, api.KVM_GET_PIT2, ctypes.byref(pit))
+        state["pit"] = _hex(pit)
+    return state
+
+
+def restore_vm(vm: Vm, state: State, vcpus: list[Vcpu]) -> None:
+    """After the vCPUs: controllers that exist, timer, clock; then the guest's watchdogs are told that it was stopped.
+
+    Raises as restore_vcpu; ValueError when the VM has been made with other controllers.
+    """
+    if (state["irqchips"] is not None) != vm.has_irqchip or (state["pit"] is not None) != vm.has_pit:
+        raise ValueError("the state is of a VM with other interrupt controllers or timers")
+    for chip in state["irqchips"] or ():
+        call(vm.fd, api.KVM_SET_IRQCHIP, ctypes.byref(_struct(s.kvm_irqchip, chip)))
+    if state["pit"] is not None:
+        call(vm.fd, api.KVM_SET_PIT2, ctypes.byref(_struct(s.kvm_pit_state2, state["pit"])))
+    vm.set_clock(state["clock"])
+    for vcpu in vcpus:
+        try:
+            vcpu.kvmclock_ctrl()
+        except KvmError as error:
+            if error.errno != EINVAL:  # a guest that does not use kvmclock has nothing to be told
+                raise
+
+
+def _get_chip(vm: Vm, chip: int) -> str:
+    request = s.kvm_irqchip(chip_id=chip)
+    call(vm.fd, api.KVM_GET_IRQCHIP, ctypes.byref(request), f"chip {chip}")
+    return _hex(request)
+
+
+def _hex(struct: ctypes.Structure) -> str:
+    return bytes(struct).hex()
+
+
+def _struct(kind: type[ctypes.Structure], text: str) -> Any:
+    data = bytes.fromhex(text)
+    if len(data) != ctypes.sizeof(kind):
+        raise ValueError(f"{kind.__name__} of {len(data)} bytes, not {ctypes.sizeof(kind)}")
+    return kind.from_buffer_copy(data)
