@@ -223,6 +223,17 @@ def take(pieces: list[memoryview], count: int) -> bytes:
     return bytes(taken)
 
 
+def advance(pieces: list[memoryview], count: int) -> None:
+    """Remove the first `count` bytes, which there are, from `pieces`."""
+    while count:
+        piece = pieces[0]
+        if len(piece) > count:
+            pieces[0] = piece[count:]
+            return
+        count -= len(piece)
+        del pieces[0]
+
+
 def fill(pieces: list[memoryview], data: bytes | memoryview) -> int:
     """Write `data` to the front of `pieces`, as much as fits; the number of bytes written."""
     at = 0
