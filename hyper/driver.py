@@ -1,7 +1,8 @@
-"""The driver of isolation `vm`: QEMU with our kernel and agent, the plan's layers as its disks.
+"""The driver of isolation `vm`: a VMM with our kernel and agent, the plan's layers as its disks.
 
-create() boots the guest and makes the workload's root in it, start() runs the workload. QEMU is a child of the shim, without
-rights of its own, and dies with it; everything the host knows of the guest comes through one socket (see vm/link.py).
+create() boots the guest and makes the workload's root in it, start() runs the workload. The VMM (backends.py)
+is a child of the shim, without rights of its own, and dies with it; everything the host knows of the guest comes through one
+socket (vm/link.py).
 """
 
 from __future__ import annotations
@@ -16,13 +17,11 @@ from ambi.core.loop import Loop
 from ambi.core.model import Isolation
 from ambi.core.plan import LaunchPlan
 from ambi.core.undo import Undo
-from hyper import boot_files, probe, translate, validate
-from hyper.qemu.backend import QemuBackend
+from hyper import backends, boot_files, probe, translate, validate
 from hyper.vm import launch, share
 from hyper.vm.cgroup import Cgroup
 from hyper.vm.machine import CONSOLE_FILE, VirtualMachine
 
-NO_QEMU = Problem("there is no QEMU", "apt-get install qemu-system-x86")
 NO_VIRTIOFSD = Problem("bind mounts into a virtual machine need virtiofsd", share.INSTALL)
 TCG_LINE = "virtual machines run emulated (TCG), many times slower than with KVM"
 
@@ -33,12 +32,14 @@ class VmDriver:
     isolation: ClassVar[Isolation] = Isolation.VM
 
     def probe(self) -> Features:
-        qemu = probe.find_qemu()
-        if qemu is None:
-            return Features(NO_QEMU, {"qemu": "not found"})
         host = probe.host()
+        qemu = probe.find_qemu() or f"not found: {backends.NO_QEMU.hint}"
+        problem = backends.problem(host)
+        if problem:
+            return Features(problem, {"qemu": qemu})
         accelerator = "kvm" if host.kvm else f"tcg ({TCG_LINE}: {host.kvm_problem})"
         details = {
+            "monitor": "ambi's own" if backends.name(host) == backends.OURS else "QEMU",
             "qemu": qemu,
             "accelerator": accelerator,
             "virtiofsd": share.program() or f"not found, so no bind mounts: {share.INSTALL}",
@@ -46,7 +47,8 @@ class VmDriver:
         return Features(None, details)
 
     def check(self, plan: LaunchPlan) -> list[Problem]:
-        found = [] if probe.find_qemu() else [NO_QEMU]
+        problem = backends.problem(probe.host(plan.guest_dir))
+        found = [problem] if problem else []
         try:
             boot_files.find(plan.guest_dir, translate.shape(plan).kernel)
         except NotFound as error:
@@ -60,7 +62,7 @@ class VmDriver:
         problems = self.check(plan)
         if problems:
             raise Unsupported(problems[0].message, hint=problems[0].hint)
-        machine = launch.launch(QemuBackend(), plan, undo, loop)
+        machine = launch.launch(backends.load(probe.host(plan.guest_dir)), plan, undo, loop)
         machine.boot(by)
         return machine
 
