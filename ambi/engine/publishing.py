@@ -1,4 +1,4 @@
-"""Publishing an instance's ports: netd holds the host's ports and serves loopback, nft diverts the rest."""
+"""Publishing an instance's ports: nft diverts what comes to them; netd holds them, and serves what nft does not (::1)."""
 
 from __future__ import annotations
 

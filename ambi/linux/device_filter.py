@@ -6,20 +6,19 @@ type, the high half the access asked for. Rules are ordered and the last that fi
 
 from __future__ import annotations
 
-import ctypes
 import os
 import struct
 from collections.abc import Sequence
 from typing import Protocol
 
-from ambi.linux.libc import syscall
+from ambi.linux import bpf
+from ambi.linux.bpf import instruction as _instruction
 
 # linux/bpf.h
-_BPF_PROG_LOAD, _BPF_PROG_ATTACH = 5, 8
+_BPF_PROG_ATTACH = 8
 _BPF_PROG_TYPE_CGROUP_DEVICE, _BPF_CGROUP_DEVICE, _BPF_F_ALLOW_MULTI = 15, 6, 2
 _TYPES = {"b": 1, "c": 2}
 _ACCESS = {"m": 1, "r": 2, "w": 4}
-_NR_BPF = 321
 
 _LDX_W, _MOV_REG, _AND_IMM, _RSH_IMM, _MOV_IMM, _JNE_IMM, _EXIT = 0x61, 0xBF, 0x57, 0x77, 0xB7, 0x55, 0x95
 _JNE_REG = 0x5D
@@ -38,10 +37,6 @@ class DeviceRule(Protocol):
     def minor(self) -> int | None: ...
     @property
     def access(self) -> str: ...
-
-
-def _instruction(code: int, destination: int = 0, source: int = 0, offset: int = 0, value: int = 0) -> bytes:
-    return struct.pack("<BBhi", code, destination | source << 4, offset, value)  # struct bpf_insn
 
 
 def compile(rules: Sequence[DeviceRule]) -> bytes:
@@ -83,19 +78,12 @@ def _one(rule: DeviceRule) -> list[bytes]:
 
 def attach(directory: str, program: bytes) -> None:
     """Load `program` and attach it to the cgroup `directory`; it lives as long as the group."""
-    instructions = ctypes.create_string_buffer(program, len(program))
-    license_text = ctypes.create_string_buffer(b"Apache-2.0")
-    attributes = struct.pack(
-        "<IIQQ", _BPF_PROG_TYPE_CGROUP_DEVICE, len(program) // 8,
-        ctypes.addressof(instructions), ctypes.addressof(license_text),
-    )  # fmt: skip
-    attributes += bytes(72 - len(attributes))
-    loaded = syscall(_NR_BPF, _BPF_PROG_LOAD, attributes, len(attributes), what="bpf")
+    loaded = bpf.load(_BPF_PROG_TYPE_CGROUP_DEVICE, program)
     try:
         group = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             target = struct.pack("<IIII", group, loaded, _BPF_CGROUP_DEVICE, _BPF_F_ALLOW_MULTI)
-            syscall(_NR_BPF, _BPF_PROG_ATTACH, target, len(target), what=directory)
+            bpf.command(_BPF_PROG_ATTACH, target, what=directory)
         finally:
             os.close(group)
     finally:

@@ -8,8 +8,9 @@ that drops whatever it does not know needs a word from us, in its own place and 
 - firewalld: accepting rules in its base chains by nftables; where it owns its table (version 2) our links in its zone
   `trusted`, by firewall-cmd.
 
-Into the host itself only questions to our DNS pass. A host's own `policy drop` in tables of nftables.conf is nobody else's
-to change: there `iifname "ambi*" accept` and `oifname "ambi*" accept` have to be added by hand.
+Into the host itself only questions to our DNS pass, and answers to connections of the host to its own 127.0.0.1. A host's
+own `policy drop` in tables of nftables.conf is nobody else's to change: there `iifname "ambi*" accept` and
+`oifname "ambi*" accept` have to be added by hand.
 """
 
 from __future__ import annotations
@@ -119,20 +120,27 @@ def _run(argv: list[str], given: str = "") -> str:
     return done.stdout
 
 
-def _wanted(names: list[str]) -> dict[str, list[str]]:
-    """The rules of our chain for each built-in one. The first name is a prefix."""
+def _wanted(names: list[str], *, ipv4: bool) -> dict[str, list[str]]:
+    """The rules of our chain for each built-in one. The first name is a prefix.
+
+    Many a rule set refuses what comes for 127.0.0.0/8 by any link but `lo`: answers to connections of the host to its own
+    published ports do.
+    """
     rules: dict[str, list[str]] = {chain: [] for chain in _CHAINS}
     for name in (f"{names[0]}+", *names[1:]):
         rules["FORWARD"] += [f"-A AMBI-FORWARD -i {name} -j ACCEPT", f"-A AMBI-FORWARD -o {name} -j ACCEPT"]
         for protocol in ("tcp", "udp"):
             rules["INPUT"].append(f"-A AMBI-INPUT -i {name} -p {protocol} -m {protocol} --dport 53 -j ACCEPT")
+        if ipv4:
+            state = "-m conntrack --ctstate RELATED,ESTABLISHED"
+            rules["INPUT"].append(f"-A AMBI-INPUT -d 127.0.0.0/8 -i {name} {state} -j ACCEPT")
     return rules
 
 
 def _apply_iptables(program: str, names: list[str]) -> None:
     there = _run([f"{program}-save", "-t", "filter"]).splitlines()
     lines = []
-    for chain, rules in _wanted(names).items():
+    for chain, rules in _wanted(names, ipv4=program.startswith("iptables")).items():
         ours, jump = _CHAINS[chain], f"-A {chain} -j {_CHAINS[chain]}"
         if not _filters(there, chain):
             continue

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import logging
 import socket
 import threading
@@ -9,7 +10,20 @@ from collections.abc import Collection, Iterable, Sequence
 
 from ambi.core.errors import AmbiError, InvalidRequest, NotFound
 from ambi.core.undo import Undo
-from ambi.network import announce, children, conntrack, firewall, ipam, links, namespaces, rtnl, rules, sysctl, watch
+from ambi.network import (
+    announce,
+    children,
+    conntrack,
+    firewall,
+    ipam,
+    links,
+    loopback,
+    namespaces,
+    rtnl,
+    rules,
+    sysctl,
+    watch,
+)
 from ambi.network.links import link_of as link_of
 from ambi.network.model import Network, Nic, Port
 
@@ -29,6 +43,7 @@ class NetworkHost:
         self._rules = rules.Rules(tag)
         self._lock = threading.RLock()  # over bridges; veths need none
         self._ready: dict[str, tuple[Network, str, int]] = {}  # network id -> as it was made, link, index
+        self._open: set[str] = set()  # ids of networks whose bridge is to pass what goes to 127.0.0.1
         self._proven: set[tuple[str, bool]] = set()  # kinds of bridges that this host has let us make
         self._socket: rtnl.Rtnl | None = None
         self._socket_lock = threading.Lock()
@@ -62,6 +77,8 @@ class NetworkHost:
         self._ready[network.id] = (network, name, index)
         if network.driver == "bridge":
             self._proven.add(_kind(network))
+            if network.id in self._open:
+                loopback.open_way(self._netlink(), name, index)
             self._pass_firewalls()
 
     def certain(self, network: Network) -> bool:
@@ -123,6 +140,7 @@ class NetworkHost:
         """Take the links and rules of `network` away; what is not there is no error."""
         with self._lock:
             self._ready.pop(network.id, None)
+            self._open.discard(network.id)
             if network.driver in ("host", "null"):
                 return
             with links.opened(f"remove network '{network.name}'") as route:
@@ -215,8 +233,22 @@ class NetworkHost:
 
     def publish(self, key: str, ports: Sequence[Port]) -> None:
         """Divert what arrives for `ports` (host_port chosen) to their targets, in addition to what `key` has published."""
-        self._rules.publish(key, ports)
+        self._rules.publish(key, ports, loopback=self._passes_loopback(ports))
         conntrack.forget_udp(port.host_port for port in ports if port.protocol == "udp")
+
+    def _passes_loopback(self, ports: Sequence[Port]) -> bool:
+        """Whether the bridge on which all targets of `ports` are passes what goes to 127.0.0.1; it is made to if it can."""
+        targets = {ipaddress.ip_address(text) for port in ports for text in port.targets if ":" not in text}
+        with self._lock:
+            for network, name, index in self._ready.values():
+                if network.driver != "bridge" or network.options.get(links.OPTIONS[0]):
+                    continue  # the bridge may be somebody else's
+                nets = [ipaddress.ip_network(pool.subnet) for pool in network.pools]
+                if targets and all(any(target in net for net in nets) for target in targets):
+                    if network.id not in self._open and loopback.open_way(self._netlink(), name, index):
+                        self._open.add(network.id)
+                    return network.id in self._open
+        return False
 
     def unpublish(self, key: str) -> None:
         """Forget every port of `key`; one without is no error."""
@@ -271,6 +303,7 @@ class NetworkHost:
         """Let go of the kernel; what is in it stays in force. The next call opens it again."""
         with self._lock:
             self._ready.clear()
+            self._open.clear()
             ended, self._watch = self._watch, None
         if ended is not None:
             ended.close()  # without the lock, which its thread may wait for

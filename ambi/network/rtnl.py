@@ -44,6 +44,11 @@ IPVLAN_MODES = {"l2": 0, "l3": 1, "l3s": 2}
 IPVLAN_FLAGS = {"bridge": 0, "private": 1, "vepa": 2}
 _IFF_UP = 1
 
+# linux/pkt_sched.h, linux/pkt_cls.h
+_RTM_NEWQDISC, _RTM_NEWTFILTER, _NLM_F_REPLACE, _ETH_P_IP = 36, 44, 0x100, 0x0800
+_TC_H_INGRESS, _INGRESS_HANDLE = 0xFFFFFFF1, 0xFFFF0000
+_TCA_KIND, _TCA_OPTIONS, _TCA_BPF_FD, _TCA_BPF_NAME, _TCA_BPF_FLAGS, _TCA_BPF_FLAG_ACT_DIRECT = 1, 2, 6, 7, 8, 1
+
 # linux/if_addr.h
 _IFA_ADDRESS, _IFA_LOCAL, _IFA_BROADCAST, _IFA_F_NODAD = 1, 2, 4, 0x02
 
@@ -51,6 +56,7 @@ _NLMSGHDR = struct.Struct("=IHHII")  # length, type, flags, sequence, port
 _IFINFOMSG = struct.Struct("=BxHiII")  # family, type, index, flags, change
 _IFADDRMSG = struct.Struct("=BBBBI")  # family, prefix length, flags, scope, index
 _RTMSG = struct.Struct("=BBBBBBBBI")  # family, dst_len, src_len, tos, table, protocol, scope, type, flags
+_TCMSG = struct.Struct("=BxxxiIII")  # family, index, handle, parent, info
 _RTATTR = struct.Struct("=HH")
 _STATS64 = struct.Struct("=8Q")  # the head of struct rtnl_link_stats64
 _COUNTERS = ("packets", "bytes", "errors", "dropped")
@@ -177,6 +183,21 @@ def new_default_route(index: int, gateway: str) -> Message:
     head = _RTMSG.pack(family, 0, 0, 0, _RT_TABLE_MAIN, _RTPROT_BOOT, scope, _RTN_UNICAST, 0)
     target = b"" if ip.is_unspecified else attribute(_RTA_GATEWAY, ip.packed)
     return Message(_RTM_NEWROUTE, _NLM_F_CREATE | _NLM_F_EXCL, head + target + _number(_RTA_OIF, index))
+
+
+def new_ingress(index: int) -> Message:
+    """A place for filters of what link `index` receives."""
+    body = _TCMSG.pack(0, index, _INGRESS_HANDLE, _TC_H_INGRESS, 0) + _text(_TCA_KIND, "ingress")
+    return Message(_RTM_NEWQDISC, _NLM_F_CREATE | _NLM_F_EXCL, body)
+
+
+def new_ingress_filter(index: int, program: int, name: str) -> Message:
+    """The first filter of the IPv4 packets that link `index` receives, in place of the one that is there: the BPF program
+    with the descriptor `program`, whose verdict counts."""
+    flags = _number(_TCA_BPF_FLAGS, _TCA_BPF_FLAG_ACT_DIRECT)
+    options = attribute(_TCA_OPTIONS, _number(_TCA_BPF_FD, program) + _text(_TCA_BPF_NAME, name) + flags)
+    head = _TCMSG.pack(0, index, 1, _INGRESS_HANDLE, 1 << 16 | socket.htons(_ETH_P_IP))  # handle 1, priority 1
+    return Message(_RTM_NEWTFILTER, _NLM_F_CREATE | _NLM_F_REPLACE, head + _text(_TCA_KIND, "bpf") + options)
 
 
 class Rtnl:

@@ -10,7 +10,8 @@ What passes, in Docker's terms:
   before version 28, a neighbour that routes to an instance's address reaches no port that is not published;
 - on its way through the host the client's address is kept, but where an answer would not come back through the host:
   between two instances of one network by the host's address.
-Loopback addresses of the host are served by netd, not here.
+A connection of the host to its own 127.0.0.1 is diverted like others where the bridge passes it (see `loopback`), and seen
+as one of the bridge's address. Where it does not, and on ::1, netd serves.
 """
 
 from __future__ import annotations
@@ -46,36 +47,49 @@ _MAPS = {
     "any4": "type inet_proto . inet_service : ipv4_addr . inet_service",
     "any6": "type inet_proto . inet_service : ipv6_addr . inet_service",
     "at4": "type ipv4_addr . inet_proto . inet_service : ipv4_addr . inet_service",
+    "loop4": "type inet_proto . inet_service : ipv4_addr . inet_service",  # any4 and at4, for 127.0.0.0/8
+    "loopat4": "type ipv4_addr . inet_proto . inet_service : ipv4_addr . inet_service",
     "at6": "type ipv6_addr . inet_proto . inet_service : ipv6_addr . inet_service",
 }
-_CHAINS = """
-chain divert {
+ANSWER_MARK = 0x616D6269  # of answers to connections from 127.0.0.1: see loopback
+_CHAINS = f"""
+chain answers {{
+    type filter hook prerouting priority dstnat + 10; policy accept;
+    iifname @bridges ip daddr 127.0.0.0/8 ct direction reply ct status dnat meta mark set {ANSWER_MARK:#x}
+}}
+chain divert {{
     dnat ip to ip daddr . meta l4proto . th dport map @at4
     dnat ip6 to ip6 daddr . meta l4proto . th dport map @at6
     fib daddr type != local return
     meta nfproto ipv4 dnat ip to meta l4proto . th dport map @any4
     meta nfproto ipv6 dnat ip6 to meta l4proto . th dport map @any6
-}
-chain prerouting {
+}}
+chain own {{
+    dnat ip to ip daddr . meta l4proto . th dport map @loopat4
+    dnat ip to meta l4proto . th dport map @loop4
+}}
+chain prerouting {{
     type nat hook prerouting priority dstnat; policy accept;
-    meta l4proto { tcp, udp, sctp } jump divert
-}
-chain output {
+    meta l4proto {{ tcp, udp, sctp }} jump divert
+}}
+chain output {{
     type nat hook output priority -100; policy accept;
-    ip daddr 127.0.0.0/8 return
+    meta l4proto != {{ tcp, udp, sctp }} return
+    ip daddr 127.0.0.0/8 goto own
     ip6 daddr ::1 return
-    meta l4proto { tcp, udp, sctp } jump divert
-}
-chain postrouting {
+    jump divert
+}}
+chain postrouting {{
     type nat hook postrouting priority srcnat; policy accept;
     ct status dnat ip saddr . oifname @home4 masquerade
     ct status dnat ip6 saddr . oifname @home6 masquerade
+    ip saddr 127.0.0.0/8 oifname @bridges masquerade
     oifname @bridges return
     snat ip to ip saddr map @source4
     ip saddr @nat4 masquerade
     ip6 saddr @nat6 masquerade
-}
-chain inward {
+}}
+chain inward {{
     ct status dnat accept
     iifname @bridges drop
     ip daddr . meta l4proto . th dport @published4 accept
@@ -85,8 +99,8 @@ chain inward {
     icmp type echo-request oifname @ping4 accept
     icmpv6 type echo-request oifname @ping6 accept
     drop
-}
-chain forward {
+}}
+chain forward {{
     type filter hook forward priority filter; policy accept;
     iifname != @bridges oifname != @bridges accept
     iifname . oifname @same accept
@@ -95,7 +109,7 @@ chain forward {
     oifname @internal drop
     oifname @others ct status != dnat drop
     oifname @bridges goto inward
-}
+}}
 """
 _KEY = re.compile(r"[0-9A-Za-z][0-9A-Za-z_.-]{0,127}")
 _PROTOCOLS = ("tcp", "udp", "sctp")
@@ -137,22 +151,28 @@ def of_network(network: Network, link: str) -> list[Element]:
     return found
 
 
-def of_port(key: str, port: Port) -> list[Element]:
-    """What the table has for a published port; nothing for one of a loopback address, or without a target of its family."""
+def of_port(key: str, port: Port, *, loopback: bool) -> list[Element]:
+    """What the table has for a published port; nothing without a target of its family. loopback: the target's bridge passes
+    what goes to 127.0.0.0/8; else there is nothing for a port of such an address, nor ever for one of ::1."""
     if not _KEY.fullmatch(key) or port.protocol not in _PROTOCOLS:
         raise InvalidRequest(f"cannot publish {port.protocol} port {port.port} of '{key}'")
     where = ipaddress.ip_address(port.host_ip) if port.host_ip else None
-    if where is not None and where.is_loopback:
+    if where is not None and where.is_loopback and not (loopback and where.version == 4):
         return []
     found = []
     for text in port.targets:
         target = ipaddress.ip_address(text)
         if where is not None and where.version != target.version:
             continue
-        service = f"{port.protocol} . {port.host_port}"
+        service, to = f"{port.protocol} . {port.host_port}", f"{target} . {port.port}"
+        if where is not None and where.is_loopback:
+            found.append(Element("loopat4", f"{where} . {service}", to, key))
+            continue
         holder, head = ("any", service) if where is None or where.is_unspecified else ("at", f"{where} . {service}")
-        found.append(Element(f"{holder}{target.version}", head, f"{target} . {port.port}", key))
+        found.append(Element(f"{holder}{target.version}", head, to, key))
         found.append(Element(f"published{target.version}", f"{target} . {port.protocol} . {port.port}"))
+        if loopback and holder == "any" and target.version == 4:
+            found.append(Element("loop4", service, to, key))
     return found
 
 
@@ -186,9 +206,10 @@ class Rules:
             if self._adopt():
                 self._settle(self._networks.pop(network_id, []))
 
-    def publish(self, key: str, ports: Sequence[Port]) -> None:
-        """Raises Conflict when another instance has one of them; then none of `ports` is published."""
-        wanted = [element for port in ports for element in of_port(key, port)]
+    def publish(self, key: str, ports: Sequence[Port], *, loopback: bool = False) -> None:
+        """Raises Conflict when another instance has one of them; then none of `ports` is published. loopback: as for
+        `of_port`."""
+        wanted = [element for port in ports for element in of_port(key, port, loopback=loopback)]
         with self._lock:
             self._open()
             for element in wanted:
@@ -286,7 +307,9 @@ class Rules:
         """Take over the elements of a listed table."""
         for element in _elements(rows):
             self._there[element.holder, element.key] = element
-            if element.owner:
+            if element.owner and element.holder.startswith("loop"):
+                self._ports.setdefault(element.owner, []).append(element)
+            elif element.owner:
                 target, _, port = element.value.rpartition(" . ")
                 passes = f"{target} . {element.key.split(' . ')[-2]} . {port}"
                 self._ports.setdefault(element.owner, []).extend(

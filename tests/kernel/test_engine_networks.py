@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -105,6 +106,20 @@ def serving(engine: Networked, name: str, *flags: str) -> None:
     engine.ok("run", "-d", "--name", name, *flags, "busybox", *SERVE, name)
     network = next(iter(engine.inspect(name)["NetworkSettings"]["Networks"]))
     until(lambda: engine.fetch(engine.address(name, network), 80), f"{name} serves")
+
+
+def echoes(connection: socket.socket) -> None:
+    """A megabyte goes to an echo and comes back."""
+    sent, back = os.urandom(1 << 20), bytearray()
+    connection.settimeout(SECONDS)
+    sender = threading.Thread(target=connection.sendall, args=(sent,))
+    sender.start()
+    while len(back) < len(sent):
+        part = connection.recv(1 << 16)
+        assert part, "cut"
+        back += part
+    sender.join()
+    assert back == sent
 
 
 def test_the_default_bridge_and_the_others_know_each_other_by_address_and_by_name(engine: Networked) -> None:
@@ -238,7 +253,10 @@ def test_networks_outlive_the_engine_and_netd(engine: Networked) -> None:
     engine.ok("network", "create", "web")
     serving(engine, "one", "--network", "web", "-p", "8080:80")
     serving(engine, "two", "--network", "web")
+    engine.ok("run", "-d", "--network", "web", "-p", "127.0.0.1:8107:7", "busybox", "nc", "-ll", "-p", "7", "-e", "cat")
     before = engine.inspect("one")["NetworkSettings"]
+    stays = namespaces.inside(engine.netns, lambda: socket.create_connection(("127.0.0.1", 8107), SECONDS))
+    echoes(stays)
     engine.kill()
     assert engine.fetch("172.18.0.1", 8080) == engine.fetch("127.0.0.1", 8080) == b"one\n"
     engine.start()
@@ -248,7 +266,10 @@ def test_networks_outlive_the_engine_and_netd(engine: Networked) -> None:
     engine.ok("run", "--rm", "--network", "web", "busybox", "nc", "-w", "3", "two", "80")
     (netd,) = (pid for pid in engine._leftover() if b"netd" in Path(f"/proc/{pid}/cmdline").read_bytes())
     os.kill(netd, signal.SIGKILL)
-    until(lambda: engine.fetch("127.0.0.1", 8080) == b"one\n", "netd serves again")
+    assert engine.fetch("127.0.0.1", 8080) == b"one\n", "no process is in the way"
+    with stays:
+        echoes(stays)
+    until(lambda: engine.fetch("::1", 8080) == b"one\n", "netd serves again")
     assert engine.ok("exec", "two", "nc", "-w", "3", "one", "80") == "one"
 
 

@@ -17,7 +17,7 @@ from ambi.core.errors import Conflict, InvalidRequest, Unsupported
 from ambi.network import links, sysctl
 from ambi.network.host import link_of
 from ambi.network.model import Network, Port
-from tests.netkit import HOST4, HOST6, OUTSIDE4, OUTSIDE6, Host, Lab, network
+from tests.netkit import HOST4, HOST6, OUTSIDE4, OUTSIDE6, Host, Instance, Lab, network
 
 UDP = socket.SOCK_DGRAM
 ROOT = Path(__file__).parents[2]
@@ -100,6 +100,73 @@ def test_published_ports(lab: Lab, bridge_filter: str) -> None:
     lab.host.net.unpublish("server")
     lab.host.net.unpublish("server")
     assert lab.outside.dead(HOST4, 8080) and lab.outside.dead(HOST4, 8081) and lab.outside.dead(server.ip4, 80)
+
+
+@pytest.mark.parametrize("bridge_filter", ["0", "1"])
+def test_ports_on_the_hosts_own_loopback(lab: Lab, bridge_filter: str) -> None:
+    """Without a proxy, and it opens the host's loopback to nobody on the bridge, not even when our rules are flushed."""
+    lab.host.do(sysctl.write, "bridge/bridge-nf-call-iptables", bridge_filter)
+    one = network("10.1.0.0/24", "fd01::/64", name="one")
+    server, mate = lab.instance(one), lab.instance(one)
+    tcp, udp, second = server.listen(80), server.listen(53, kind=UDP), server.listen(81)
+    bridge = link_of(one, "")
+    way = f"ipv4/conf/{bridge}/route_localnet"
+    assert lab.host.do(sysctl.read, way) == "0", "nothing is published"
+    targets = (server.ip4, server.ip6)
+    ports = [
+        Port("tcp", "", 8080, 80, targets),
+        Port("udp", "", 5353, 53, targets),
+        Port("tcp", "127.0.0.1", 8081, 81, targets),
+    ]
+    lab.host.net.publish("server", ports)
+    assert lab.host.do(sysctl.read, way) == "1"
+    for address in ("127.0.0.1", "127.0.0.9"):
+        assert lab.host.reach(tcp, address, 8080) == lab.host.reach(udp, address, 5353) == "10.1.0.1"
+    assert lab.host.reach(second, "127.0.0.1", 8081) == "10.1.0.1"
+    lab.route_from_outside("10.1.0.0/24")
+    assert lab.host.dead("127.0.0.9", 8081) and lab.outside.dead(HOST4, 8081) and lab.outside.dead(server.ip4, 81)
+
+    hosts, heard = lab.host.listen(70, "127.0.0.1"), lab.host.listen(71, "10.1.0.1", kind=UDP)
+    mate.do(_send_loopback_to, "10.1.0.1")
+    for flushed in (False, True):
+        if flushed:
+            nft(lab, "flush", "ruleset")
+        assert mate.dead("127.0.0.1", 70)
+        assert not _hears(mate, heard), "a packet whose sender says to be the host itself"
+    lab.host.do(subprocess.run, ["tc", "qdisc", "delete", "dev", bridge, "ingress"], check=True)
+    assert mate.reach(hosts, "127.0.0.1", 70) and _hears(mate, heard), "else this test shows nothing"
+
+    lab.host.do(subprocess.run, ["ip", "link", "delete", bridge], check=True)
+    lab.host.net.ensure(one)
+    lab.host.net.publish("mate", [Port("tcp", "", 8082, 80, (mate.ip4,))])
+    assert lab.host.reach(tcp, "127.0.0.1", 8080) == "10.1.0.1", "healed"
+    assert mate.dead("127.0.0.1", 70)
+    after = Host(lab.host.fd, lab)
+    after.net.unpublish("mate")
+    after.net.sweep([one], ["server"])
+    assert lab.host.reach(second, "127.0.0.1", 8081) == "10.1.0.1"
+    after.net.unpublish("server")
+    assert lab.host.dead("127.0.0.1", 8080) and lab.host.dead("127.0.0.1", 8081)
+
+
+def _send_loopback_to(gateway: str) -> None:
+    """Make this namespace one whose packets for 127.0.0.0/8 go to `gateway` by eth0, with any address as theirs."""
+    sysctl.write("ipv4/conf/eth0/route_localnet", "1")
+    subprocess.run(["ip", "address", "delete", "127.0.0.1/8", "dev", "lo"], check=True)
+    subprocess.run(["ip", "route", "add", "127.0.0.0/8", "via", gateway, "dev", "eth0"], check=True)
+    subprocess.run(["ip", "address", "add", "127.0.0.5/32", "dev", "eth0"], check=True)
+
+
+def _hears(mate: Instance, heard: socket.socket) -> bool:
+    """Whether a datagram from 127.0.0.5 of `mate` comes through."""
+    heard.settimeout(0.4)
+    with mate.do(socket.socket, socket.AF_INET, UDP) as client:
+        client.bind(("127.0.0.5", 0))
+        client.sendto(b"?", heard.getsockname())
+        try:
+            return heard.recv(9) == b"?"
+        except TimeoutError:
+            return False
 
 
 def test_a_udp_client_follows_the_port(lab: Lab) -> None:

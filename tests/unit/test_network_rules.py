@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import socket
+from functools import partial
 
 import pytest
 
@@ -15,6 +16,9 @@ from ambi.network import announce, firewall, links, rtnl, rules
 from ambi.network.model import Network, Pool, Port
 
 NET = Network("ab" * 32, "web", "bridge", (Pool("10.1.0.0/24", "10.1.0.1"), Pool("fd01::/64", "fd01::1")))
+
+
+of_port = partial(rules.of_port, loopback=False)
 
 
 def holders(net: Network) -> dict[str, list[str]]:
@@ -48,7 +52,7 @@ def test_internal_networks_are_not_translated() -> None:
 
 def test_elements_of_ports() -> None:
     both = ("10.1.0.2", "fd01::2")
-    assert rules.of_port("k", Port("tcp", "", 8080, 80, both)) == [
+    assert of_port("k", Port("tcp", "", 8080, 80, both)) == [
         rules.Element("any4", "tcp . 8080", "10.1.0.2 . 80", "k"),
         rules.Element("published4", "10.1.0.2 . tcp . 80"),
         rules.Element("any6", "tcp . 8080", "fd01::2 . 80", "k"),
@@ -58,16 +62,22 @@ def test_elements_of_ports() -> None:
         rules.Element("at4", "192.0.2.1 . udp . 53", "10.1.0.2 . 53", "k"),
         rules.Element("published4", "10.1.0.2 . udp . 53"),
     ]
-    assert rules.of_port("k", Port("udp", "192.0.2.1", 53, 53, both)) == one
-    assert [e.holder for e in rules.of_port("k", Port("sctp", "::", 9, 9, both))] == ["any6", "published6"]
-    assert rules.of_port("k", Port("tcp", "127.0.0.1", 9, 9, both)) == [], "netd serves loopback"
-    assert rules.of_port("k", Port("tcp", "fd99::1", 9, 9, ("10.1.0.2",))) == []
+    assert of_port("k", Port("udp", "192.0.2.1", 53, 53, both)) == one
+    assert [e.holder for e in of_port("k", Port("sctp", "::", 9, 9, both))] == ["any6", "published6"]
+    assert of_port("k", Port("tcp", "127.0.0.1", 9, 9, both)) == [], "netd serves loopback"
+    assert of_port("k", Port("tcp", "fd99::1", 9, 9, ("10.1.0.2",))) == []
+    own = [e.holder for e in rules.of_port("k", Port("tcp", "", 8080, 80, both), loopback=True)]
+    assert own == ["any4", "published4", "loop4", "any6", "published6"]
+    assert rules.of_port("k", Port("tcp", "127.0.0.1", 9, 8, both), loopback=True) == [
+        rules.Element("loopat4", "127.0.0.1 . tcp . 9", "10.1.0.2 . 8", "k")  # and nobody else may come to it
+    ]
+    assert rules.of_port("k", Port("tcp", "::1", 9, 9, both), loopback=True) == []
 
 
 @pytest.mark.parametrize("key,protocol", [("a b", "tcp"), ('"', "tcp"), ("", "tcp"), ("k", "icmp"), ("k", "tcp . 1")])
 def test_no_word_of_a_caller_becomes_a_rule(key: str, protocol: str) -> None:
     with pytest.raises(InvalidRequest):
-        rules.of_port(key, Port(protocol, "", 1, 1, ("10.1.0.2",)))
+        of_port(key, Port(protocol, "", 1, 1, ("10.1.0.2",)))
 
 
 def test_names_of_links() -> None:

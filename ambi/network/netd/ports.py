@@ -1,5 +1,5 @@
 """The listening side of published ports: each is bound here, so that nobody else takes it, and served for whom nft does not
-divert: loopback above all.
+divert: ::1 above all, and 127.0.0.1 where the kernel cannot do it.
 """
 
 from __future__ import annotations
