@@ -63,27 +63,25 @@ def receive_layer(
     snapshots: Snapshots,
     progress: ProgressSink,
     blob: Ingest | None = None,
+    alone: bool = True,
 ) -> NewLayer:
     """Read one archive to its end. For EROFS it is written, hashed and converted at the same time.
 
-    blob: where it is written, taken over; None for a new one.
+    blob: where it is written, taken over; None for a new one. alone: no other is being read, so that the worker may use more
+    than one processor.
 
     Raises Corrupt, StorageFull and whatever `source` raises; nothing is left then.
     """
     blob = blob or content.ingest()
     try:
-        with Worker() as worker:
+        with Worker(ahead=alone) as worker:
             if form == "erofs":
                 prepared = _stream(source, worker, blob, snapshots, progress)
             else:
                 _copy(source, blob, progress)
+                blob.sync()
                 os.lseek(blob.fd, 0, os.SEEK_SET)
                 prepared = snapshots.prepare(form, worker, blob.fd)
-        try:
-            blob.sync()
-        except BaseException:
-            discard(prepared.path)
-            raise
         return NewLayer(layer_row(blob, prepared.converted), blob, prepared)
     except OSError as error:
         blob.discard()
@@ -107,6 +105,7 @@ def _stream(source: Source, worker: Worker, blob: Ingest, snapshots: Snapshots, 
             os.close(write_end)
             if read_end >= 0:
                 os.close(read_end)
+        blob.sync()  # while the worker finishes
         return Prepared("erofs", path, EROFS.finish(worker, target))
     except BaseException:
         discard(path)

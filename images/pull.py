@@ -238,10 +238,12 @@ class _Pull:
         for layer, _ in distinct:
             self._tell(layer.digest[7:19], "Pulling fs layer")
         done: dict[tuple[Descriptor, str], NewLayer] = {}
+        sizes = {job: 0 if self._here(*job) else job[0].size for job in distinct}
+        distinct.sort(key=lambda job: -sizes[job])  # the largest first: it takes longest
 
         def run(job: tuple[Descriptor, str]) -> None:
             try:
-                done[job] = self._receive(*job)
+                done[job] = self._receive(*job, alone=2 * sizes[job] > sum(sizes.values()))
             except BaseException:
                 self._stop.set()
                 raise
@@ -255,14 +257,19 @@ class _Pull:
             for new in done.values():
                 new.discard()
 
-    def _receive(self, layer: Descriptor, diff_id: str) -> NewLayer:
+    def _here(self, layer: Descriptor, diff_id: str) -> tuple[int, int] | None:
+        """The layer's tar_bytes and content_bytes, when the store has it and its blob."""
+        return self._store.known_layer(diff_id) if self._store.content.path(layer.digest).exists() else None
+
+    def _receive(self, layer: Descriptor, diff_id: str, *, alone: bool) -> NewLayer:
+        """alone: the others are small, or here."""
         short = layer.digest[7:19]
         with _TURNS.turn(layer.digest):
-            known = self._store.known_layer(diff_id)
-            if known is not None and self._store.content.path(layer.digest).exists():
+            known = self._here(layer, diff_id)
+            if known is not None:
                 self._tell(short, "Already exists")
                 return NewLayer(LayerRow(diff_id, *known, layer.digest, layer.media_type, layer.size), None, None)
-            new = self._download(layer, short)
+            new = self._download(layer, short, alone=alone)
         try:
             if new.row.diff_id != diff_id:
                 self._store.content.partial(layer.digest).spoil()
@@ -273,18 +280,18 @@ class _Pull:
             new.discard()
             raise
 
-    def _download(self, layer: Descriptor, short: str) -> NewLayer:
+    def _download(self, layer: Descriptor, short: str, *, alone: bool) -> NewLayer:
         try:
             with self._opened(layer, short) as (blob, source):
                 resumed = blob.have > 0
-                return self._convert(layer, short, blob, source)
+                return self._convert(layer, short, blob, source, alone=alone)
         except Corrupt:
             if not resumed:
                 raise
         with self._opened(layer, short, afresh=True) as (blob, source):  # what was left of an earlier attempt was bad
-            return self._convert(layer, short, blob, source)
+            return self._convert(layer, short, blob, source, alone=alone)
 
-    def _convert(self, layer: Descriptor, short: str, blob: Partial, source: _Checked) -> NewLayer:
+    def _convert(self, layer: Descriptor, short: str, blob: Partial, source: _Checked, *, alone: bool) -> NewLayer:
         try:
             return receive_layer(
                 source,
@@ -293,6 +300,7 @@ class _Pull:
                 snapshots=self._store.snapshots,
                 progress=_silent,
                 blob=blob,
+                alone=alone,
             )
         except Corrupt as error:
             if not blob.path.exists():  # its digest is wrong, and the error says so

@@ -32,6 +32,7 @@ from images.changes import apply_changes
 from images.content import ContentStore, Ingest
 from images.database import Database, ImageRow, LayerRow
 from images.importer import NewLayer, about, receive_layer
+from images.layers.nursery import NURSERY
 from images.layers.supervisor import Worker
 from images.model import HistoryStep, Image, Removed, Usage
 from images.probe import layer_form
@@ -66,6 +67,7 @@ class Store:
         self._form: tuple[FormName, str] | None = None
         self._configs: dict[str, Image] = {}
         self.collect()
+        NURSERY.keep()
 
     @classmethod
     def open(cls, root: Path) -> Store:
@@ -89,6 +91,7 @@ class Store:
             raise
 
     def close(self) -> None:
+        NURSERY.release()
         with self._mutex:
             self._database.close()
             os.close(self._lock)

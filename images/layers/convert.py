@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple, Protocol
 
 from ambi.core.errors import StorageFull
@@ -34,8 +34,13 @@ class Converted(NamedTuple):
     compression: str
 
 
-def convert(chunks: Iterable[bytes], sink: Sink, limit_bytes: int) -> Converted:
+Reading = Callable[[Iterable[bytes]], Iterator[bytes]]
+
+
+def convert(chunks: Iterable[bytes], sink: Sink, limit_bytes: int, reading: Reading = iter) -> Converted:
     """Read one archive, compressed or not, into `sink`; `limit_bytes` bounds the data of its files.
+
+    reading: how the plain bytes are come by: `iter`, or `Ahead.run` for decompressing in another thread.
 
     Raises Corrupt, StorageFull, Unsupported, OSError.
     """
@@ -43,7 +48,7 @@ def convert(chunks: Iterable[bytes], sink: Sink, limit_bytes: int) -> Converted:
     digest = hashlib.sha256()
 
     def hashed() -> Iterator[bytes]:
-        for chunk in decoder:
+        for chunk in reading(decoder):
             sink.flush()
             digest.update(chunk)
             yield chunk

@@ -12,6 +12,7 @@ import errno
 import os
 import resource
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,11 @@ _CALLS = [
 _PROT_EXEC = 4
 
 
-def enter(keep: int) -> None:
-    """Jail this process, which keeps the descriptor `keep` and its standard ones. Returns in a child; the parent waits."""
+def enter(keep: int, helper: Callable[[Callable[[], object]], None] | None = None) -> None:
+    """Jail this process, which keeps the descriptor `keep` and its standard ones. Returns in a child; the parent waits.
+
+    helper: starts another thread, which first calls what it is given: the filter is each thread's own.
+    """
     process.die_with_parent()
     uid = _UID_BASE + os.getpid()
     _namespaces(keep)
@@ -46,7 +50,10 @@ def enter(keep: int) -> None:
     process.die_with_parent()  # forgotten when the ids changed
     process.set_dumpable(False)
     process.no_new_privileges()
-    seccomp.load(seccomp.compile(_profile()))
+    program = seccomp.compile(_profile())
+    if helper is not None:
+        helper(lambda: seccomp.load(program))
+    seccomp.load(program)
 
 
 def _namespaces(keep: int) -> None:

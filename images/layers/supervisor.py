@@ -3,61 +3,49 @@
 from __future__ import annotations
 
 import os
-import socket
-import sys
 from types import TracebackType
 from typing import Any
 
 from ambi.core.errors import AmbiError, Internal, from_wire
 from ambi.linux import unix
 from images.layers.convert import Converted
+from images.layers.nursery import NURSERY
 
 
 class Worker:
     """One worker process, from `with` to its end. Jobs run one after another; after an error it is gone.
 
-    Use it from one thread: the worker ends with the thread that started it.
+    It starts beside the caller: the first `start` need not wait for it. ahead: it decompresses in a thread of its own, which
+    is worth it where no other worker runs.
     """
 
-    def __enter__(self) -> Worker:
-        import subprocess
+    def __init__(self, *, ahead: bool = False) -> None:
+        self._ahead, self._ready = ahead, False
 
-        ours, theirs = unix.pair()
-        with theirs:
-            environment = {name: value for name, value in os.environ.items() if name.startswith("AMBI_")}
-            try:
-                self._process = subprocess.Popen(
-                    [sys.executable, "-I", "-m", "images.layers.worker", str(theirs.fileno())],
-                    pass_fds=[theirs.fileno()],
-                    stdin=subprocess.DEVNULL,
-                    stdout=subprocess.DEVNULL,
-                    env=environment,
-                    cwd="/",
-                )
-            except OSError as error:
-                ours.close()
-                raise Internal(f"cannot start the image worker: {error}") from error
-        self._sock: socket.socket = ours
+    def __enter__(self) -> Worker:
+        self._sock, theirs = unix.pair()
         try:
-            self._receive()
+            with theirs:
+                self._pid = NURSERY.fork(theirs, ahead=self._ahead)
         except BaseException:
-            self._end()
+            self._sock.close()
             raise
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if error is not None:
-            self._process.kill()
-        self._end()
-
-    def _end(self) -> None:
-        self._sock.close()  # the worker ends at the end of its socket
-        self._process.wait()
+        self._sock.close()  # the worker ends at the end of its socket, but perhaps not at once
+        NURSERY.leave(self._pid, kill=error is not None)
 
     @property
     def pid(self) -> int:
         """Of the process that waits for the jailed one."""
-        return self._process.pid
+        return self._pid
+
+    def wait_ready(self) -> None:
+        """Until it is jailed; raises Internal when it could not be."""
+        if not self._ready:
+            self._receive()
+            self._ready = True
 
     def start(self, job: dict[str, Any], source: int, target: int) -> None:
         """Begin a job; both descriptors stay the caller's. `result` must follow."""
@@ -65,6 +53,7 @@ class Worker:
 
     def result(self) -> dict[str, Any]:
         """The answer to the last job; raises the worker's error, or Internal when the worker has died."""
+        self.wait_ready()
         answer = self._receive()
         if "error" in answer:
             raise from_wire(answer["error"])
@@ -81,7 +70,7 @@ class Worker:
         except (AmbiError, OSError) as error:
             raise Internal(f"the image worker does not answer: {error}") from error
         if message is None:
-            status = self._process.wait()
+            status = NURSERY.status(self._pid)
             raise Internal(
                 f"the image worker died with status {status} while it read an archive", hint="look at the engine's log"
             )

@@ -1,4 +1,4 @@
-"""The unprivileged worker: `python -I -m images.layers.worker FD`, a SEQPACKET socket to the engine.
+"""The unprivileged worker: forked by the nursery, with one descriptor, a SEQPACKET socket to the engine.
 
 Requests, each with two descriptors (source to read, target to write), one after another:
 
@@ -17,13 +17,14 @@ from __future__ import annotations
 import os
 import re
 import socket
-import sys
+import traceback
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 from ambi.core.errors import AmbiError, Corrupt, Internal, Unsupported, from_os_error
 from ambi.linux import unix
 from images.layers import decoder, jail
+from images.layers.ahead import Ahead
 from images.layers.convert import convert
 from images.layers.erofs import ErofsWriter
 from images.layers.frames import FrameWriter
@@ -33,13 +34,27 @@ from images.layers.tar import Entry, TarReader
 READ_BYTES = 256 << 10
 
 
-def main() -> None:
-    sock = socket.socket(fileno=int(sys.argv[1]))
-    decoder.preload()
-    jail.enter(sock.fileno())
+def serve(fd: int, *, ahead: bool) -> NoReturn:
+    """Jail this process, a child of the nursery, and do what is asked of it at `fd`. ahead: see `ahead`."""
+    status = 1
+    try:
+        thread = Ahead() if ahead else None
+        sock = socket.socket(fileno=fd)
+        jail.enter(fd, thread.start if thread else None)
+        _serve(sock, thread)
+        status = 0
+    except (BrokenPipeError, ConnectionResetError):  # the engine wants no worker any more
+        status = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(status)
+
+
+def _serve(sock: socket.socket, thread: Ahead | None) -> None:
     unix.send(sock, {"ready": True})
     while (message := unix.receive(sock)) is not None:
-        answer = _answer(message)
+        answer = _answer(message, thread)
         message.close()
         try:
             unix.send(sock, answer)
@@ -49,9 +64,9 @@ def main() -> None:
             break
 
 
-def _answer(message: unix.Message) -> dict[str, Any]:
+def _answer(message: unix.Message, thread: Ahead | None) -> dict[str, Any]:
     try:
-        return {"ok": _do(message.body, *message.fds)}
+        return {"ok": _do(message.body, message.fds, thread)}
     except AmbiError as error:
         found = error
     except MemoryError:
@@ -67,7 +82,8 @@ def _answer(message: unix.Message) -> dict[str, Any]:
     return {"error": found.to_wire()}
 
 
-def _do(job: dict[str, Any], source: int, target: int) -> dict[str, Any]:
+def _do(job: dict[str, Any], fds: list[int], thread: Ahead | None) -> dict[str, Any]:
+    source, target = fds
     kind = job["do"]
     if kind == "split":
         _split(source, FrameWriter(target))
@@ -76,7 +92,7 @@ def _do(job: dict[str, Any], source: int, target: int) -> dict[str, Any]:
         _pick(source, FrameWriter(target), re.compile(job["pattern"].encode()), job["limit"])
         return {}
     sink = ErofsWriter(target) if kind == "erofs" else OperationsSink(FrameWriter(target))
-    return convert(_chunks(source), sink, job["limit"])._asdict()
+    return convert(_chunks(source), sink, job["limit"], thread.run if thread else iter)._asdict()
 
 
 def _chunks(fd: int) -> Iterator[bytes]:
@@ -127,7 +143,3 @@ def _picked(entry: Entry, reader: TarReader, out: FrameWriter, limit: int) -> No
     out.frame({"name": name, "kind": "f", "data": entry.size})
     for piece in reader.pieces():
         out.data(piece)
-
-
-if __name__ == "__main__":
-    main()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import gzip
 import json
 import os
 import signal
@@ -13,7 +15,9 @@ from pathlib import Path
 import pytest
 
 from ambi.core.errors import AmbiError, Corrupt, Internal
+from ambi.linux import unix
 from images.layers.frames import FrameReader
+from images.layers.nursery import Nursery
 from images.layers.supervisor import Worker, pipe
 from tests.layerkit import member, tar_bytes, write_tar
 
@@ -54,6 +58,7 @@ def test_the_jail_allows_nothing_but_its_descriptors() -> None:
 
 def test_the_workers_ids_and_namespaces() -> None:
     with Worker() as worker:
+        worker.wait_ready()
         outer = worker.pid
         (inner,) = Path(f"/proc/{outer}/task/{outer}/children").read_text().split()
         status = dict(
@@ -86,6 +91,45 @@ def test_a_worker_that_is_killed_is_an_error_and_not_a_hang(short_tmp: Path) -> 
     finally:
         for fd in (read_end, write_end, target):
             os.close(fd)
+
+
+@pytest.mark.parametrize("data", [gzip.compress(os.urandom(9 << 20), 1), b"", b"\x1f\x8b" + bytes(9000)])
+def test_decompressing_ahead_changes_nothing(short_tmp: Path, data: bytes) -> None:
+    """The same layer, or the same error, with and without the second thread; a worker goes on after the former."""
+    archive = short_tmp / "archive"
+    archive.write_bytes(gzip.compress(tar_bytes(member("f", data)), 1) if len(data) > 9100 else data)
+    told: list[tuple[object, bytes]] = []
+    for ahead in (False, True):
+        with contextlib.suppress(Corrupt), Worker(ahead=ahead) as worker:
+            for number in range(2):
+                with open(archive, "rb") as source, open(short_tmp / f"{ahead}{number}", "w+b") as target:
+                    worker.start({"do": "erofs", "limit": 1 << 30}, source.fileno(), target.fileno())
+                    try:
+                        told.append((worker.converted(), (short_tmp / f"{ahead}{number}").read_bytes()))
+                    except Corrupt as error:
+                        told.append((error.message, b""))
+                        raise
+    assert told[: len(told) // 2] == told[len(told) // 2 :] and len(told) in (2, 4)
+
+
+def test_a_nursery_that_is_killed_is_started_again(short_tmp: Path) -> None:
+    """What runs then fails; nothing of it lives on."""
+    nursery = Nursery()
+    nursery.keep()
+    try:
+        for _ in range(2):
+            ours, theirs = unix.pair()
+            with ours, theirs:
+                pid = nursery.fork(theirs, ahead=False)
+                theirs.close()
+                assert unix.receive(ours).body == {"ready": True}  # type: ignore[union-attr]
+                stat = Path(f"/proc/{pid}/stat").read_text()
+                os.kill(int(stat.rpartition(")")[2].split()[1]), signal.SIGKILL)
+                assert unix.receive(ours) is None  # the worker had the other end
+                assert nursery.status(pid) == 128 + signal.SIGKILL
+                nursery.leave(pid, kill=False)
+    finally:
+        nursery.release()
 
 
 def test_no_worker_outlives_a_broken_use() -> None:
