@@ -13,6 +13,9 @@ QEMU_PROGRAMS = ("qemu-system-x86_64", "qemu-kvm")
 CACHE = "host.json"  # below the guest directory: {"boot_id", "kvm_device", "kvm_problem", "tsc_khz"}
 
 
+_known: dict[tuple[str, str], Host] = {}  # what this process has found, by boot and device
+
+
 class Host(NamedTuple):
     """kvm_problem: why KVM is not used, "" when it is. tsc_khz: the rate of the time stamp counter."""
 
@@ -31,13 +34,15 @@ def find_qemu() -> str | None:
 def host(cache_dir: Path | None = None) -> Host:
     """Try it, which takes up to 0.2 s, or read what an earlier try of this boot found and kept below `cache_dir`."""
     key = (_boot_id(), _device())
+    if cache_dir is None and key in _known:
+        return _known[key]
     if cache_dir is not None:
         found = _read(cache_dir / CACHE, key)
         if found is not None:
             return found
     from hyper.kvm import code, probe  # ctypes and code in memory: only when it is really tried
 
-    result = Host(probe.problem() or "", code.tsc_khz())
+    result = _known[key] = Host(probe.problem() or "", code.tsc_khz())
     if cache_dir is not None:
         _write(cache_dir / CACHE, key, result)
     return result
