@@ -206,6 +206,10 @@ class Queue:
         self._next = self._seen = state["next"] & 0xFFFF
         self._used_index = self._signalled = state["used"] & 0xFFFF
 
+    def continue_at(self, index: int) -> None:
+        """Go on where a back-end stopped, that has taken what is before `index` and used what the ring says."""
+        self.restore({"next": index, "used": self._used[1]})
+
 
 def take(pieces: list[memoryview], count: int) -> bytes:
     """Remove the first `count` bytes from `pieces`: a copy, that the guest cannot change. Damaged when there are fewer."""
