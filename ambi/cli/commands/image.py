@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 
 import click
 
-from ambi.cli import complete, flags, humanize
+from ambi.cli import complete, flags, humanize, pruning
 from ambi.cli.app import App, DockerCommand, ExitWith, each, pass_app
 from ambi.cli.commands.inspect import show
 from ambi.cli.commands.registry import copy, pull, push, save
@@ -239,22 +239,15 @@ def remove(app: App, images: tuple[str, ...], force: bool, no_prune: bool) -> No
 
 @image.command("prune", cls=DockerCommand)
 @flags.switch("-a", "--all", "everything", help="Also those that have a name, when no instance uses them.")
-@flags.filter_option("By label or until.")
-@flags.switch("--force", help="Do not ask.")
+@flags.switch("-f", "--force", help="Do not ask.")
+@flags.prune_filter_option("By label or until.")
 @pass_app
 def prune(app: App, everything: bool, filters: tuple[str, ...], force: bool) -> None:
     """Remove images without a name that no instance uses."""
     if not force:
-        if not sys.stdin.isatty():
-            raise InvalidRequest("stdin is no terminal to ask at", hint="ambi image prune --force")
-        which = "images that no instance uses" if everything else "images without a name"
-        click.confirm(f"This removes all {which}. Go on?", abort=True, err=True)
-    query = filter_query(filters, dangling="false" if everything else "true")
-    found = app.client.post("/images/prune", query)
-    removed = [f"{word.lower()}: {what}\n" for entry in found.get("ImagesDeleted") or () for word, what in entry.items()]
-    if removed:
-        click.echo("".join(["Deleted Images:\n", *removed]))
-    click.echo(f"Total reclaimed space: {humanize.size(found.get('SpaceReclaimed') or 0, digits=4)}")
+        which = "images without at least one container associated to them" if everything else "dangling images"
+        pruning.confirm(f"This will remove all {which}.")
+    pruning.tell([pruning.images(app.client, filters, everything=everything)])
 
 
 @image.command("verify", cls=DockerCommand)

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from ambi.cli import complete, flags, networking
+from ambi.cli import complete, flags, networking, pruning
 from ambi.cli.app import App, DockerCommand, each, pass_app
 from ambi.cli.commands.inspect import show
 from ambi.cli.filters import filter_query
@@ -171,10 +171,8 @@ def remove(app: App, names: tuple[str, ...], force: bool) -> None:
 def prune(app: App, force: bool, filters: tuple[str, ...]) -> None:
     """Remove every network that no instance is on."""
     if not force:
-        click.confirm("This removes all networks that no instance is on. Go on?", abort=True, err=True)
-    removed = app.client.post("/networks/prune", filter_query(filters))["NetworksDeleted"] or []
-    if removed:
-        click.echo("Deleted Networks:\n" + "".join(f"{name}\n" for name in removed))
+        pruning.confirm("This will remove all custom networks not used by at least one container.")
+    pruning.tell([pruning.networks(app.client, filters)], total=False)
 
 
 @network.command("connect", cls=DockerCommand)

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from ambi.cli import complete, flags, humanize
+from ambi.cli import complete, flags, pruning
 from ambi.cli.app import App, DockerCommand, each, pass_app
 from ambi.cli.commands.inspect import show
 from ambi.cli.filters import filter_query
@@ -118,10 +118,6 @@ def remove(app: App, names: tuple[str, ...], force: bool) -> None:
 def prune(app: App, everything: bool, force: bool, filters: tuple[str, ...]) -> None:
     """Remove anonymous volumes that no instance uses."""
     if not force:
-        which = "all" if everything else "all anonymous"
-        click.confirm(f"This removes {which} volumes that no instance uses. Go on?", abort=True, err=True)
-    query = filter_query((*filters, "all=true") if everything else filters)
-    answer = app.client.post("/volumes/prune", query)
-    if answer["VolumesDeleted"]:
-        click.echo("Deleted Volumes:\n" + "".join(f"{name}\n" for name in answer["VolumesDeleted"]))
-    click.echo(f"Total reclaimed space: {humanize.size(answer['SpaceReclaimed'])}")
+        which = "all" if everything else "anonymous"
+        pruning.confirm(f"This will remove {which} local volumes not used by at least one container.")
+    pruning.tell([pruning.volumes(app.client, filters, everything=everything)])
