@@ -31,10 +31,10 @@ class Disk(NamedTuple):
 
 
 class Nic(NamedTuple):
-    """A tap, and a descriptor of /dev/vhost-net or None."""
+    """A network device: its tap, or None for one that gets its tap later; a descriptor of /dev/vhost-net or None."""
 
     mac: bytes
-    tap: int
+    tap: int | None
     vhost: int | None = None
 
 

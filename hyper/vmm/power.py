@@ -7,7 +7,8 @@ from collections.abc import Callable
 from hyper.vmm.boot.acpi import RESET_VALUE, SLEEP_TYPE_S5
 
 SLEEP_ENABLE = 1 << 5
-COMMAND = 4  # of the keyboard controller: port 0x64
+COMMAND = 4  # of the keyboard controller: port 0x64; read, it is the status
+HAS_DATA = 1
 
 
 class SleepControl:
@@ -29,7 +30,8 @@ class SleepControl:
 class ResetLine:
     """Ports 0x60 to 0x64, of which only the pulse on the reset line does something (`reboot=k`, ACPI's reset register).
 
-    The status reads 0, neither full nor busy: all ones would have Linux ask 65,000 times before it resets.
+    The status is always "has data, is not busy". So a Linux that looks for a keyboard finds one that never falls silent and
+    gives up after 17 bytes; if there were no data it would ask 10,000 times, if it were busy 65,000 times before it resets.
     """
 
     __slots__ = ("_reset",)
@@ -38,7 +40,7 @@ class ResetLine:
         self._reset = reset
 
     def read(self, offset: int, length: int) -> bytes:
-        return bytes(length)
+        return bytes((HAS_DATA if offset == COMMAND else 0,)) * length
 
     def write(self, offset: int, data: bytes) -> None:
         if offset == COMMAND and data[0] == RESET_VALUE:

@@ -1,0 +1,230 @@
+"""The whole machine: memory, interrupt controllers, buses, devices, vCPUs; and how it ended."""
+
+from __future__ import annotations
+
+import os
+import threading
+from typing import NamedTuple
+
+from ambi.core.loop import POLLIN, Loop
+from ambi.core.undo import Undo
+from hyper.kvm import api
+from hyper.kvm.memory import Memory
+from hyper.kvm.stats import stats
+from hyper.kvm.system import Kvm
+from hyper.kvm.vcpu import Vcpu
+from hyper.vmm import layout
+from hyper.vmm.boot import cpuid, load, registers
+from hyper.vmm.bus import Bus
+from hyper.vmm.config import Config, check, slots_of
+from hyper.vmm.console import Console
+from hyper.vmm.devices import build as build_devices
+from hyper.vmm.memory import GuestMemory
+from hyper.vmm.power import ResetLine, SleepControl
+from hyper.vmm.uart import Uart
+from hyper.vmm.vcpus import Vcpus
+from hyper.vmm.virtio import mmio
+from hyper.vmm.virtio.device import Device
+
+NEEDED = (
+    api.KVM_CAP_IRQCHIP, api.KVM_CAP_USER_MEMORY, api.KVM_CAP_READONLY_MEM, api.KVM_CAP_IRQFD, api.KVM_CAP_IOEVENTFD,
+    api.KVM_CAP_IMMEDIATE_EXIT, api.KVM_CAP_TSC_DEADLINE_TIMER, api.KVM_CAP_EXT_CPUID,
+)  # fmt: skip
+REGISTER_SLOT = 8  # the memory slot of the virtio register pages; RAM has those below, windows of devices those above
+
+
+class Ending(NamedTuple):
+    """How a machine ended: a cause of PROTOCOL.md, and what there is to say about it."""
+
+    cause: str
+    detail: str = ""
+
+
+class Machine:
+    """A machine that is ready to boot. `close` undoes what it made. Descriptors of the configuration stay the caller's, but
+    for those of its devices."""
+
+    def __init__(self, config: Config, loop: Loop) -> None:
+        """Raises InvalidRequest, Unsupported, KvmError and OSError; then nothing is left."""
+        check(config)
+        self.config = config
+        self.ending: Ending | None = None
+        self.ports = Bus()
+        self.mmio = Bus()
+        self.transports: list[mmio.Transport] = []
+        self._loop = loop
+        self._lock = threading.Lock()
+        self._undo = Undo()
+        try:
+            self._build()
+        except BaseException:
+            self.close()
+            raise
+
+    # making it, in this order
+
+    def _build(self) -> None:
+        kvm = Kvm(os.dup(self.config.kvm))
+        self._undo.add("close KVM", kvm.close)
+        kvm.require(*NEEDED)
+        self.vm = kvm.create_vm()
+        self._undo.add("close the VM", self.vm.close)
+        self._pieces = layout.ram(self.config.memory_bytes)
+        self.ram = tuple(self._own(self._make_ram(piece)) for piece in self._pieces)
+        for slot, (piece, memory) in enumerate(zip(self._pieces, self.ram, strict=True)):
+            self.vm.add_memory(slot, piece.gpa, memory)
+        self.memory = GuestMemory((piece.gpa, memory) for piece, memory in zip(self._pieces, self.ram, strict=True))
+        self.vm.create_irqchip()
+        self._add_ports()
+        self._add_slots()
+        self.vcpus = Vcpus(
+            [self._make_vcpu(kvm, index) for index in range(self.config.vcpus)], self.ports, self.mmio, self._failed
+        )
+
+    def _own(self, memory: Memory) -> Memory:
+        self._undo.add("unmap memory", memory.close)
+        return memory
+
+    def _make_ram(self, piece: layout.Piece) -> Memory:
+        if self.config.memory < 0:
+            return Memory(piece.size)
+        return Memory.of_file(self.config.memory, piece.size, piece.offset, shared=True)
+
+    def _add_ports(self) -> None:
+        self._wake = self._eventfd()
+        self._loop.watch(self._wake, POLLIN, lambda _: None)
+        self._undo.add("unwatch the end", lambda: self._loop.unwatch(self._wake))
+        self.console = Console(self._loop, self.config.console)
+        self._undo.add("close the console", self.console.close)
+        line = self._eventfd()
+        self.vm.irqfd(line, layout.COM1_IRQ)
+        self.uart = Uart(self.console.put, lambda: os.eventfd_write(line, 1))
+        self.ports.add(layout.COM1, 8, self.uart)
+        self.ports.add(layout.PORT_I8042, 5, ResetLine(lambda: self._reset(crashed=False)))
+        self.ports.add(layout.PORT_SLEEP, 2, SleepControl(lambda: self.end("guest-shutdown")))
+
+    def _eventfd(self) -> int:
+        fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._undo.add("close an eventfd", lambda: os.close(fd))
+        return fd
+
+    def _add_slots(self) -> None:
+        """The register pages of all slots, read-only for the guest, and a device behind each but the spare ones."""
+        self.slots = slots_of(self.config)
+        self.pages = self._own(Memory(self.slots * layout.PAGE))
+        for slot in range(self.slots):
+            mmio.clear(self._page(slot))
+        self.vm.add_memory(REGISTER_SLOT, layout.VIRTIO, self.pages, readonly=True)
+        for device in build_devices(self.config):
+            self.plug(device)
+
+    def _page(self, slot: int) -> memoryview:
+        return self.pages.view[slot * layout.PAGE : (slot + 1) * layout.PAGE]
+
+    def plug(self, device: Device) -> int:
+        """Put `device`, which it takes over, into the next free slot; returns its number. The guest finds it at boot,
+        or when its agent binds the driver."""
+        slot = len(self.transports)
+        base = layout.slot_address(slot)
+        transport = mmio.Transport(self.vm, self.memory, self._page(slot), base, layout.slot_gsi(slot), device, self._loop)
+        self.transports.append(transport)
+        self._undo.add(f"close the {device.name} device", transport.close)
+        self.mmio.add(base, layout.PAGE, transport)
+        return slot
+
+    def _make_vcpu(self, kvm: Kvm, index: int) -> Vcpu:
+        vcpu = self.vm.create_vcpu(index)
+        self._undo.add("close a vCPU", vcpu.close)
+        vcpu.set_cpuid(cpuid.for_vcpu(kvm.supported_cpuid(), index, self.config.vcpus))
+        vcpu.set_msrs(registers.msrs())
+        return vcpu
+
+    # its life
+
+    def boot(self) -> None:
+        """Put the kernel into memory and the first vCPU at its entry. Raises as `load.load`."""
+        sources = load.Sources(self.config.kernel, self.config.initramfs, self.config.cmdline)
+        entry = load.load(self.memory, self._pieces, sources, vcpus=self.config.vcpus, slots=self.slots)
+        first = self.vcpus.all[0]
+        sregs = first.sregs
+        registers.set_segments(sregs, entry)
+        control = registers.control_registers(entry)
+        sregs.cr0, sregs.cr3, sregs.cr4, sregs.efer = control
+        first.set_sregs(sregs)
+        regs = first.regs
+        for name, value in registers.general_registers(entry).items():
+            setattr(regs, name, value)
+        first.set_regs(regs)
+
+    def run(self) -> Ending:
+        """Run until the guest, a device or `end` ends it. No vCPU runs afterwards."""
+        self.vcpus.start()
+        try:
+            self._loop.run(lambda: self.ending is not None)
+        finally:
+            self.vcpus.stop()
+            self.vcpus.join()
+            self.console.flush()
+        assert self.ending is not None
+        return self.ending
+
+    def pause(self) -> None:
+        """No vCPU runs until `resume`. Idempotent. From the loop's thread."""
+        self.vcpus.pause()
+
+    def resume(self) -> None:
+        self.vcpus.resume()
+
+    def end(self, cause: str, detail: str = "") -> None:
+        """End the machine, from any thread; the first to say so is believed."""
+        with self._lock:
+            if self.ending is None:
+                self.ending = Ending(cause, detail)
+        self.vcpus.stop()
+        os.eventfd_write(self._wake, 1)
+
+    def _failed(self, why: str) -> None:
+        """A vCPU cannot go on."""
+        if why == "shutdown":
+            self._reset(crashed=True)
+        else:
+            self.end("internal", why)
+
+    def _reset(self, *, crashed: bool) -> None:
+        """The guest resets the machine: by the reset line, or (crashed) by a triple fault, which is how `reboot=t` does it.
+        What the kernel said before tells why."""
+        panic = self.console.panic()
+        if panic:
+            self.end("guest-panic", panic)
+        elif crashed and not self.console.restarted():
+            self.end("guest-crash", "a triple fault")
+        else:
+            self.end("guest-reset")
+
+    # figures
+
+    def exits(self) -> dict[str, int]:
+        """Exits to user space by cause: `out 0x3f8`, `write 0xd0000070`, `interrupted`."""
+        places = sorted(self.vcpus.exits().items(), key=lambda item: -item[1])
+        return {f"{what} {where:#x}" if where else what: count for (what, where), count in places}
+
+    def counters(self) -> dict[str, dict[str, int]]:
+        """Of each device, by its name and slot: `console0`."""
+        return {f"{t.device.name}{slot}": t.counters() for slot, t in enumerate(self.transports)}
+
+    def kernel_stats(self) -> dict[str, int]:
+        """The kernel's own counters of the VM and all its vCPUs; empty where the kernel has none."""
+        if not self.vm.check(api.KVM_CAP_BINARY_STATS_FD):
+            return {}
+        total: dict[str, int] = {}
+        for fd in (self.vm.stats_fd(), *(vcpu.stats_fd() for vcpu in self.vcpus.all)):
+            try:
+                for name, value in stats(fd).items():
+                    total[name] = total.get(name, 0) + value
+            finally:
+                os.close(fd)
+        return total
+
+    def close(self) -> None:
+        """Idempotent. After `run`, or without it."""
+        self._undo.run()
