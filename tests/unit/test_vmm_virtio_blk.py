@@ -11,7 +11,7 @@ import pytest
 
 from hyper.vmm.virtio import registers as reg
 from hyper.vmm.virtio.blk import DISCARD, F_FLUSH, F_RO, FLUSH, GET_ID, IN, IOERR, OK, OUT, UNSUPP, WRITE_ZEROES, Blk
-from hyper.vmm.virtio.disk import Extents, File
+from hyper.vmm.virtio.disk import Extents, File, Nothing
 from hyper.vmm.virtio.rng import Rng
 from tests.virtiokit import Buffers, Driver
 
@@ -225,6 +225,19 @@ def test_another_disk_behind_it(guest: Guest, tmp_path: Path) -> None:
     assert guest.config(0, 8) == 4 and guest.read_disk(3, 512) == b"z" * 512
     with pytest.raises(ValueError, match="other rights"):
         blk.replace(File(opened(other), readonly=True))
+
+
+def test_no_disk_behind_it_yet(image: Path) -> None:
+    blk = Blk(Nothing(readonly=False), "disk")
+    guest = Guest(blk)
+    guest.start()
+    assert guest.config(0, 8) == 0
+    assert guest.request(IN, 0, [guest.writable(512)]) == IOERR
+    assert guest.request(OUT, 0, [guest.readable(b"x" * 512)]) == IOERR
+    assert guest.request(FLUSH, 0, []) == OK
+    guest.transport.run(lambda: blk.replace(File(opened(image))))
+    assert guest.config(0, 8) == SIZE // 512 and guest.read_disk(2, 512) == sector(2)
+    guest.close()
 
 
 def test_request_without_room_or_header(guest: Guest) -> None:

@@ -219,3 +219,23 @@ def test_save_and_restore(guest: Guest) -> None:
     other.send(HEADER, b"three")
     assert other.wire.far.recv(100)[12:] == b"three"
     other.close()
+
+
+def test_a_tap_that_comes_later() -> None:
+    """What a machine from a template does: its NIC is up before there is a wire."""
+    guest = Guest.__new__(Guest)
+    guest.wire = Wire()
+    net = Net(None, MAC)
+    Driver.__init__(guest, net)
+    guest.start()
+    guest.offer(60, 1536)
+    guest.send(HEADER, b"to nowhere")
+    assert len(guest.rings[TRANSMIT].got()) == 1
+    guest.transport.run(lambda: net.attach(guest.wire))
+    assert guest.wire.offloads["tso4"]
+    guest.frame(b"hello")
+    guest.send(HEADER, b"answer")
+    assert guest.received() == [b"hello"] and guest.wire.far.recv(100)[12:] == b"answer"
+    with pytest.raises(ValueError, match="has a tap"):
+        net.attach(guest.wire)
+    guest.close()

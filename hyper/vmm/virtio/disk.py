@@ -44,6 +44,32 @@ class Disk(Protocol):
     def close(self) -> None: ...
 
 
+class Nothing:
+    """A disk without a sector, until there is one to replace it: of a machine that becomes a template."""
+
+    __slots__ = ("readonly",)
+    size = 0
+    flushes = False
+
+    def __init__(self, *, readonly: bool) -> None:
+        self.readonly = readonly
+
+    def read(self, offset: int, pieces: list[memoryview]) -> None:
+        """Of no bytes, like the others."""
+
+    def write(self, offset: int, pieces: list[memoryview]) -> None: ...
+
+    def flush(self) -> None: ...
+
+    def discard(self, offset: int, length: int) -> None: ...
+
+    def zero(self, offset: int, length: int, *, unmap: bool) -> None: ...
+
+    def refresh(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
 def _read_all(fd: int, offset: int, pieces: list[memoryview]) -> None:
     while pieces:
         count = os.preadv(fd, pieces[:_MAX_PIECES], offset)

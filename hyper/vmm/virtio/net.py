@@ -38,26 +38,40 @@ _FILE = struct.Struct("=Ii")
 
 
 class Net(Device):
-    """A NIC with `mac` on `tap`, by `vhost` where there is one. It owns both."""
+    """A NIC with `mac` on `tap`, by `vhost` where there is one; without a tap it waits for `attach`. It owns both."""
 
     device_id = 1
     name = "net"
     queue_sizes = (256, 256)
 
-    def __init__(self, tap: Tap, mac: bytes, vhost: Vhost | None = None) -> None:
+    def __init__(self, tap: Tap | None, mac: bytes, vhost: Vhost | None = None) -> None:
         super().__init__()
         self._tap = tap
         self._mac = mac
         self._vhost = vhost
         backend = RING_FEATURES | F_MRG_RXBUF
         self.features = F_MAC | F_STATUS | OFFLOADS | (backend & vhost.features if vhost else backend)
+        self._active = False
         self._features = 0
         self._up = True
         self._running = False  # vhost has the tap
-        self._hand = ByHand(self, tap)
+        self._hand = ByHand(self)
 
     def config(self) -> bytes:
         return _CONFIG.pack(self._mac, LINK_UP * self._up, 1, 0)
+
+    def attach(self, tap: Tap, vhost: Vhost | None = None) -> None:
+        """Put it on `tap`, as a machine from a template needs that has come up without. Through Transport.run.
+
+        Raises ValueError when it has one, or when `vhost` lacks what the driver was promised.
+        """
+        if self._tap is not None or (vhost and self.features & (RING_FEATURES | F_MRG_RXBUF) & ~vhost.features):
+            raise ValueError("a NIC that has a tap, or a back-end that does less than the NIC")
+        self._tap, self._vhost = tap, vhost
+        if self._active:
+            self._hand.stop()
+            self._offload(tap)
+            self.resume()
 
     def set_link(self, *, up: bool) -> None:
         """Tell the guest whether there is a cable. Through Transport.run."""
@@ -68,13 +82,19 @@ class Net(Device):
     def activate(self, queues: Sequence[Queue | None], features: int) -> None:
         super().activate(queues, features)
         self._features = features
-        self._tap.offload(
+        self._active = True
+        if self._tap is not None:
+            self._offload(self._tap)
+        self.resume()
+
+    def _offload(self, tap: Tap) -> None:
+        features = self._features
+        tap.offload(
             checksum=bool(features & F_GUEST_CSUM),
             tso4=bool(features & F_GUEST_TSO4),
             tso6=bool(features & F_GUEST_TSO6),
             ecn=bool(features & F_GUEST_ECN),
         )
-        self.resume()
 
     def notified(self, index: int) -> None:
         if self._vhost is None:
@@ -84,8 +104,8 @@ class Net(Device):
         receive, transmit = self.queues
         if receive is None or transmit is None:
             raise Damaged("a NIC with one of its queues alone")
-        if self._vhost is None:
-            self._hand.start(receive, transmit, mergeable=bool(self._features & F_MRG_RXBUF))
+        if self._vhost is None or self._tap is None:
+            self._hand.start(receive, transmit, self._tap, mergeable=bool(self._features & F_MRG_RXBUF))
             return
         self.drain()
         self._vhost.start(self.port, self._features, {RECEIVE: receive, TRANSMIT: transmit})
@@ -107,23 +127,25 @@ class Net(Device):
         self._vhost.stop()
 
     def reset(self) -> None:
+        self._active = False
         self.drain()
         super().reset()
 
     def close(self) -> None:
         if self._vhost is not None:
             self._vhost.close()
-        self._tap.close()
+        if self._tap is not None:
+            self._tap.close()
 
 
 class ByHand:
-    """The queues of a NIC without vhost."""
+    """The queues of a NIC without vhost. Without a tap either, what the guest sends is lost."""
 
-    __slots__ = ("_chains", "_device", "_mergeable", "_receive", "_room", "_tap", "_transmit", "_waiting", "_watched")
+    __slots__ = ("_chains", "_device", "_fd", "_mergeable", "_receive", "_room", "_transmit", "_waiting", "_watched")
 
-    def __init__(self, device: Device, tap: Tap) -> None:
+    def __init__(self, device: Device) -> None:
         self._device = device
-        self._tap = tap
+        self._fd = -1  # of the tap
         self._receive: Queue | None = None
         self._transmit: Queue | None = None
         self._mergeable = False
@@ -132,8 +154,9 @@ class ByHand:
         self._room = 0  # bytes of them
         self._waiting = b""  # a frame for which there was too little of that
 
-    def start(self, receive: Queue, transmit: Queue, *, mergeable: bool) -> None:
+    def start(self, receive: Queue, transmit: Queue, tap: Tap | None, *, mergeable: bool) -> None:
         self._receive, self._transmit, self._mergeable = receive, transmit, mergeable
+        self._fd = -1 if tap is None else tap.fd
         self._watch()
 
     def stop(self) -> None:
@@ -151,13 +174,14 @@ class ByHand:
             self._watch()
 
     def _watch(self) -> None:
-        self._watched = True
-        self._device.port.watch(self._tap.fd, POLLIN, self._receive_some)
+        if self._fd >= 0:
+            self._watched = True
+            self._device.port.watch(self._fd, POLLIN, self._receive_some)
 
     def _unwatch(self) -> None:
         if self._watched:
             self._watched = False
-            self._device.port.unwatch(self._tap.fd)
+            self._device.port.unwatch(self._fd)
 
     def _send(self) -> None:
         queue, counts = self._transmit, self._device.counts
@@ -170,7 +194,7 @@ class ByHand:
                 if size > MAX_FRAME or len(chain.readable) > MAX_PIECES:
                     counts["errors"] += 1
                 else:
-                    os.writev(self._tap.fd, chain.readable)
+                    os.writev(self._fd, chain.readable)
                     counts["bytes"] += size - HEADER_BYTES
             except OSError:  # the tap is down or full, or the header nonsense: as on a wire, the frame is lost
                 counts["errors"] += 1
@@ -197,7 +221,7 @@ class ByHand:
         try:
             if self._waiting or self._room < MAX_FRAME:
                 return self._by_copy()
-            size = os.readv(self._tap.fd, self._pieces())
+            size = os.readv(self._fd, self._pieces())
         except BlockingIOError:
             return False
         except OSError:  # the tap has lost its namespace
@@ -227,7 +251,7 @@ class ByHand:
         """As `_next_frame`, where the buffers in hand might be too small: what does not fit waits for more of them."""
         queue = self._receive
         assert queue is not None
-        frame = self._waiting or os.read(self._tap.fd, MAX_FRAME)
+        frame = self._waiting or os.read(self._fd, MAX_FRAME)
         if len(frame) > self._room and (not self._mergeable or len(self._chains) >= queue.size):
             self._device.counts["errors"] += 1
             self._waiting = b""
