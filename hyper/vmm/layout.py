@@ -36,6 +36,8 @@ TSS = 0xFFFB_D000
 COM1 = 0x3F8
 COM1_IRQ = 4
 PORT_I8042 = 0x60
+PORT_CMOS = 0x70
+PORT_PCI = 0xCF8
 PORT_SLEEP = 0x600  # the sleep control register of hardware-reduced ACPI, its status register behind it
 
 FIRST_SLOT_GSI = 5

@@ -20,6 +20,9 @@ from hyper.vmm.config import Config, check, slots_of
 from hyper.vmm.console import Console
 from hyper.vmm.devices import build as build_devices
 from hyper.vmm.memory import GuestMemory
+from hyper.vmm.pci import PORTS as PCI_PORTS
+from hyper.vmm.pci import WORDS as PCI_WORDS
+from hyper.vmm.pci import ConfigPorts
 from hyper.vmm.power import ResetLine, SleepControl
 from hyper.vmm.uart import Uart
 from hyper.vmm.vcpus import Vcpus
@@ -30,6 +33,7 @@ NEEDED = (
     api.KVM_CAP_IRQCHIP, api.KVM_CAP_USER_MEMORY, api.KVM_CAP_READONLY_MEM, api.KVM_CAP_IRQFD, api.KVM_CAP_IOEVENTFD,
     api.KVM_CAP_IMMEDIATE_EXIT, api.KVM_CAP_TSC_DEADLINE_TIMER, api.KVM_CAP_EXT_CPUID,
 )  # fmt: skip
+WORDS = (*PCI_WORDS, "i8042.nopnp=0")  # ACPI says that there is no keyboard controller: the kernel need not try its ports
 REGISTER_SLOT = 8  # the memory slot of the virtio register pages; RAM has those below, windows of devices those above
 
 
@@ -100,6 +104,10 @@ class Machine:
         self.vm.irqfd(line, layout.COM1_IRQ)
         self.uart = Uart(self.console.put, lambda: os.eventfd_write(line, 1))
         self.ports.add(layout.COM1, 8, self.uart)
+        swallow = self._eventfd()
+        for port in (layout.PORT_CMOS, layout.PORT_CMOS + 1):  # the first CPU writes there for each other one that it starts
+            self.vm.ioeventfd(swallow, port, 1, pio=True)
+        self.ports.add(layout.PORT_PCI, PCI_PORTS, ConfigPorts())
         self.ports.add(layout.PORT_I8042, 5, ResetLine(lambda: self._reset(crashed=False)))
         self.ports.add(layout.PORT_SLEEP, 2, SleepControl(lambda: self.end("guest-shutdown")))
 
@@ -143,7 +151,8 @@ class Machine:
 
     def boot(self) -> None:
         """Put the kernel into memory and the first vCPU at its entry. Raises as `load.load`."""
-        sources = load.Sources(self.config.kernel, self.config.initramfs, self.config.cmdline)
+        cmdline = " ".join((self.config.cmdline, *WORDS)).strip()
+        sources = load.Sources(self.config.kernel, self.config.initramfs, cmdline)
         entry = load.load(self.memory, self._pieces, sources, vcpus=self.config.vcpus, slots=self.slots)
         first = self.vcpus.all[0]
         sregs = first.sregs
