@@ -115,10 +115,13 @@ class Driver:
 
     CANARY = b"\xc5" * 4096
 
-    def __init__(self, device: Device, *, gsi: int = 5, ram: bytearray | None = None) -> None:
+    def __init__(
+        self, device: Device, *, gsi: int = 5, ram: bytearray | None = None, memory: GuestMemory | None = None
+    ) -> None:
+        """ram: another driver's `backing`, to go on in its memory. memory: some other one, without canaries."""
         self.backing = ram if ram is not None else bytearray(self.CANARY + bytes(RAM_BYTES) + self.CANARY)
         inside = memoryview(self.backing)[len(self.CANARY) : -len(self.CANARY)]
-        self.memory = GuestMemory([(RAM, Buffer(inside))])
+        self.memory = memory or GuestMemory([(RAM, Buffer(inside))])
         self.loop = Loop()
         self.events = Events()
         self.page = memoryview(bytearray(reg.PAGE))

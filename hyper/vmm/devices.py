@@ -8,10 +8,12 @@ from hyper.vmm.virtio.blk import Blk
 from hyper.vmm.virtio.console import Console
 from hyper.vmm.virtio.device import Device
 from hyper.vmm.virtio.disk import Extents, File, Nothing
+from hyper.vmm.virtio.fs import Fs
 from hyper.vmm.virtio.net import Net
 from hyper.vmm.virtio.rng import Rng
 from hyper.vmm.virtio.tap import Tap
 from hyper.vmm.virtio.vhost import Vhost
+from hyper.vmm.virtio.vhost_user import VhostUser
 
 
 def build(config: Config) -> list[Device]:
@@ -22,6 +24,8 @@ def build(config: Config) -> list[Device]:
             made.append(_disk(disk))
         for nic in config.nics:
             made.append(_nic(nic))
+        for share in config.shares:
+            made.append(Fs(share.tag, VhostUser(share.socket, config.memory)))
     except BaseException:
         for device in made:
             device.close()
