@@ -23,6 +23,7 @@ from typing import NamedTuple
 
 from ambi.core.errors import AmbiError, Conflict, Corrupt, Forbidden, InvalidRequest, Unsupported, from_os_error
 from ambi.core.roots import DEFAULT_DATA_ROOT, DEFAULT_RUN_ROOT, DEFAULT_SOCKET, FORMAT, Roots
+from ambi.engine import service
 
 log = logging.getLogger("ambi.engine")
 
@@ -84,16 +85,17 @@ def _report(error: AmbiError) -> int:
 
 def run(roots: Roots) -> None:
     """Serve until SIGTERM or SIGINT."""
+    own = service.taken()
     prepare(roots)
     with Lock(roots):
         check_format(roots)
         _log_to(roots.data / "engine.log")
-        _write_start_file(roots)
+        _write_start_file(roots, own)
         _raise_descriptor_limit()
-        _serve(roots, _on_signals())
+        _serve(roots, _on_signals(), own)
 
 
-def _serve(roots: Roots, stop: int) -> None:
+def _serve(roots: Roots, stop: int, own: service.Service | None) -> None:
     """Until there is something to read from the descriptor `stop`."""
     from importlib import import_module
 
@@ -104,9 +106,13 @@ def _serve(roots: Roots, stop: int) -> None:
     try:
         server = serve(engine, roots.socket)
         log.info("serving at %s, pid %d", roots.socket, os.getpid())
+        if own:
+            own.tell("READY=1")
         try:
             os.read(stop, 1)
         finally:
+            if own:
+                own.tell("STOPPING=1")
             server.close()
             roots.socket.unlink(missing_ok=True)
     finally:
@@ -190,10 +196,11 @@ def start_argv(roots: Roots) -> list[str]:
     return [sys.executable, "-I", "-m", "ambi.engine", *places]
 
 
-def _write_start_file(roots: Roots) -> None:
+def _write_start_file(roots: Roots, own: service.Service | None) -> None:
     from ambi.engine.create import write_whole
 
-    write_whole(roots.engine_json, json.dumps({"argv": start_argv(roots), "pid": os.getpid()}) + "\n")
+    argv = (own and own.start_argv) or start_argv(roots)
+    write_whole(roots.engine_json, json.dumps({"argv": argv, "pid": os.getpid()}) + "\n")
 
 
 def _log_to(path: Path) -> None:
