@@ -12,6 +12,15 @@ from typing import NamedTuple
 
 SHOWN = '. /etc/os-release; echo "$PRETTY_NAME, pid $$, $(id -un)"; exit 7'
 KINDS = ("container", "vm")
+NEXT = (
+    ("ambi run -it --rm {}", "a shell in a container"),
+    ("ambi run -it --rm --isolation vm {}", "the same in a virtual machine"),
+    ("ambi ps -a", "what runs"),
+    ("ambi doctor", "what this host can do"),
+    ("docker context create ambi --docker host=unix:///run/ambi/ambi.sock", "for the docker CLI, if you have it"),
+    ("docker --context ambi run --rm --runtime vm {} uname -r", ""),
+    ("scripts/uninstall", "take everything away again"),
+)
 
 
 class Figures(NamedTuple):
@@ -104,15 +113,9 @@ def main(ambi: str, image: str) -> int:
         ("memory on the host, idle", lambda f: f"{f.memory_bytes / 2**20:.1f} MiB"),
     ):
         print(f"{title:28}{cell(figures['container']):>12}{cell(figures['vm']):>12}")
-    print(f"""
-what to type next (put .venv/bin on your PATH first: export PATH="$PWD/.venv/bin:$PATH"):
-  ambi run -it --rm {image}                       a shell in a container
-  ambi run -it --rm --isolation vm {image}        the same in a virtual machine
-  ambi ps -a                                       what runs
-  ambi doctor                                      what this host can do
-  docker context create ambi --docker host=unix:///run/ambi/ambi.sock
-  docker --context ambi run --rm --runtime vm {image} uname -r
-  scripts/uninstall                                take everything away again""")
+    print('\nwhat to type next (put .venv/bin on your PATH first: export PATH="$PWD/.venv/bin:$PATH"):')
+    for command, meaning in NEXT:
+        print(f"  {command.format(image):<70}{meaning}".rstrip())
     return 0
 
 

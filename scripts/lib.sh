@@ -61,17 +61,22 @@ apt_install() {
     apt-get install -q -y --no-install-recommends "$@" || { apt-get update -q && apt-get install -q -y --no-install-recommends "$@"; }
 }
 
-# install PACKAGE...: install what is missing, virtiofsd too, and remember it in .installed-packages for scripts/uninstall.
+# The names of all installed packages, sorted.
+installed() { dpkg-query -W -f '${db:Status-Abbrev} ${Package}\n' | sed -n 's/^ii *//p' | LC_ALL=C sort -u; }
+
+# install PACKAGE...: install what is missing, virtiofsd too; .installed-packages remembers all that came, for scripts/uninstall.
 install() {
     [ -z "${AMBI_NO_APT:-}" ] || return 0
     need_debian
     package_lists
     _missing=$(missing "$@" "$(virtiofsd_package)")
     [ -n "$_missing" ] || return 0
+    _before=$(mktemp -t ambi-packages.XXXXXX)
+    installed > "$_before"
     # shellcheck disable=SC2086
     step "Debian packages: $(echo "$_missing" | wc -w) missing" "check the network and /etc/apt/sources.list.d; then run this again" apt_install $_missing
-    # shellcheck disable=SC2086
-    printf '%s\n' $_missing >> "$ROOT/.installed-packages"
+    installed | LC_ALL=C comm -13 "$_before" - >> "$ROOT/.installed-packages"
+    rm -f "$_before"
 }
 
 # make_venv EXTRAS: a virtual environment of Debian's Python with ambi installed from this checkout, made again when stale.
