@@ -22,3 +22,15 @@ def sealed(name: str, content: bytes) -> int:
     except BaseException:
         os.close(fd)
         raise
+
+
+def sized(name: str, size: int) -> int:
+    """A CLOEXEC descriptor of a memory file of `size` zero bytes, which nobody can make shorter or longer."""
+    fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        os.ftruncate(fd, size)
+        fcntl.fcntl(fd, F_ADD_SEALS, F_SEAL_SEAL | F_SEAL_SHRINK | F_SEAL_GROW)
+        return fd
+    except BaseException:
+        os.close(fd)
+        raise

@@ -53,6 +53,7 @@ class Machine:
         check(config)
         self.config = config
         self.ending: Ending | None = None
+        self._started = False
         self.ports = Bus()
         self.mmio = Bus()
         self.transports: list[mmio.Transport] = []
@@ -84,6 +85,16 @@ class Machine:
         self.vcpus = Vcpus(
             [self._make_vcpu(kvm, index) for index in range(self.config.vcpus)], self.ports, self.mmio, self._failed
         )
+        self._stats = self._open_stats()
+
+    def _open_stats(self) -> list[int]:
+        """The kernel's counters of the VM and of each vCPU. Now: a vCPU that runs has nobody open them."""
+        if not self.vm.check(api.KVM_CAP_BINARY_STATS_FD):
+            return []
+        fds = [self.vm.stats_fd(), *(vcpu.stats_fd() for vcpu in self.vcpus.all)]
+        for fd in fds:
+            self._undo.add("close statistics", lambda fd=fd: os.close(fd))  # type: ignore[misc]
+        return fds
 
     def _own(self, memory: Memory) -> Memory:
         self._undo.add("unmap memory", memory.close)
@@ -165,9 +176,16 @@ class Machine:
             setattr(regs, name, value)
         first.set_regs(regs)
 
+    def start(self) -> None:
+        """Make the vCPUs' threads: no other thread is made later. `run` does it where nothing comes in between."""
+        self.vcpus.start()
+        self._started = True
+
     def run(self) -> Ending:
         """Run until the guest, a device or `end` ends it. No vCPU runs afterwards."""
-        self.vcpus.start()
+        if not self._started:
+            self.start()
+        self.vcpus.resume()
         try:
             self._loop.run(lambda: self.ending is not None)
         finally:
@@ -223,15 +241,10 @@ class Machine:
 
     def kernel_stats(self) -> dict[str, int]:
         """The kernel's own counters of the VM and all its vCPUs; empty where the kernel has none."""
-        if not self.vm.check(api.KVM_CAP_BINARY_STATS_FD):
-            return {}
         total: dict[str, int] = {}
-        for fd in (self.vm.stats_fd(), *(vcpu.stats_fd() for vcpu in self.vcpus.all)):
-            try:
-                for name, value in stats(fd).items():
-                    total[name] = total.get(name, 0) + value
-            finally:
-                os.close(fd)
+        for fd in self._stats:
+            for name, value in stats(fd).items():
+                total[name] = total.get(name, 0) + value
         return total
 
     def close(self) -> None:

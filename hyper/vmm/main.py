@@ -37,6 +37,7 @@ def run(config: Config) -> NoReturn:
         machine = Machine(config, loop)
         machine.boot()
         control = _control(machine, loop)
+        machine.start()
         syscalls.load(os.getpid())
         ending = machine.run()
     except AmbiError as error:

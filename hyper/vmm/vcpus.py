@@ -30,12 +30,13 @@ class Vcpus:
         self._ended = ended
         self._exits: list[Exits] = [{} for _ in vcpus]
         self._change = threading.Condition()
-        self._wanted = RUN
+        self._wanted = PAUSE
         self._still = 0  # threads that wait for the next word
         self._live = 0
         self._threads: list[threading.Thread] = []
 
     def start(self) -> None:
+        """Make the threads; they wait for `resume`."""
         for vcpu, exits in zip(self.all, self._exits, strict=True):
             thread = threading.Thread(target=self._thread, args=(vcpu, exits), name=f"vcpu{vcpu.index}", daemon=True)
             self._threads.append(thread)
@@ -101,6 +102,8 @@ class Vcpus:
 
     def _run(self, vcpu: Vcpu, exits: Exits) -> str:
         """Until `stop` (then "") or something that nobody can go on after."""
+        if not self._goes_on():
+            return ""
         while True:
             reason = vcpu.run()
             if reason == api.KVM_EXIT_IO:
