@@ -151,6 +151,9 @@ class ContentStore:
         """A blob to be got from elsewhere; one at a time for one digest."""
         return Partial(self._partial / digest.removeprefix("sha256:"))
 
+    def forget_partial(self, digest: str) -> None:
+        (self._partial / digest.removeprefix("sha256:")).unlink(missing_ok=True)
+
     def sweep_partial(self, before: float) -> int:
         """Remove parts of blobs that nobody has written to since `before` (seconds since 1970); the bytes freed."""
         freed = 0

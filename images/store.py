@@ -401,7 +401,7 @@ class Store:
         with self._mutex:
             for digest in digests:
                 if self.content.path(digest).exists():
-                    self.content.partial(digest).spoil()
+                    self.content.forget_partial(digest)
 
     def known_layer(self, diff_id: str) -> tuple[int, int] | None:
         """Its tar_bytes and content_bytes, when it is there in the form that is used here; for a holder of it."""

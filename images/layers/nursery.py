@@ -18,13 +18,14 @@ import socket
 import sys
 import threading
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from ambi.core.errors import AmbiError, Internal
 from ambi.linux import unix
 
 if TYPE_CHECKING:
     import subprocess
+    from collections.abc import Callable
 
 IDLE_S = 60.0
 
@@ -162,6 +163,13 @@ def main() -> None:
     sock = socket.socket(fileno=int(sys.argv[1]))
     decoder.preload()
     gc.freeze()  # what is loaded stays shared with the children
+    try:
+        _serve(sock, worker.serve)
+    except (BrokenPipeError, ConnectionResetError):  # the engine is gone
+        pass
+
+
+def _serve(sock: socket.socket, work: Callable[..., NoReturn]) -> None:
     children: set[int] = set()
     while (message := unix.receive(sock)) is not None:
         request = message.body
@@ -171,7 +179,7 @@ def main() -> None:
         if request["do"] == "fork":
             pid = os.fork()
             if pid == 0:
-                worker.serve(message.fds[0], ahead=request["ahead"])
+                work(message.fds[0], ahead=request["ahead"])
             children.add(pid)
             unix.send(sock, {"pid": pid})
         else:

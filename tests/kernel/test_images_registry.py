@@ -6,14 +6,14 @@ import gzip
 import hashlib
 import io
 import json
-import os
-import signal
+import random
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -180,7 +180,7 @@ def test_index(store: Store, registry: FaultyRegistry) -> None:
     right = registry.add_image([layer(1)], "amd64")
     arm = registry.add_image([layer(2)], "arm", architecture="arm64")
     unknown = registry.add_image([layer(3)], "note")
-    index = {
+    index: dict[str, Any] = {
         "schemaVersion": 2,
         "mediaType": "application/vnd.oci.image.index.v1+json",
         "manifests": [
@@ -363,44 +363,98 @@ def test_mirrors(store: Store, registry: FaultyRegistry, short_tmp: Path, monkey
     assert not any("authorization" in headers for _, _, headers in registry.asked)
 
 
+# Pulls as often as a line comes, each in a child with a store of its own, in which `victim` (the engine, or the process of
+# its workers) is killed at the `point`-th time that it opens, renames or removes a file of the store, or connects.
 KILLED = """
-import sys
+import os, signal, sys
 from pathlib import Path
-from images.store import Image, Store
-store = Store.open(Path(sys.argv[1]))
+from typing import Any
+import images.pull
+from ambi.core.errors import AmbiError
+from images.layers.nursery import NURSERY
+from images.store import Store
+FILES = {"open", "os.rename", "os.remove", "sqlite3.connect"}
+def run(victim, point):
+    seen = 0
+    def hook(event, args):
+        nonlocal seen
+        if event == "socket.connect" or (event in FILES and sys.argv[1] in str(args[0])):
+            seen += 1
+            if seen == point and victim == "engine":
+                os.kill(os.getpid(), signal.SIGKILL)
+            if seen >= point and victim == "workers" and NURSERY._process is not None:
+                NURSERY._process.kill()
+    sys.addaudithook(hook)
+    store = Store.open(Path(sys.argv[1]))
+    try:
+        store.pull(sys.argv[2])
+    except AmbiError as error:
+        if victim == "engine" or "image worker" not in str(error):
+            raise
+        return b"killed\\n"
+    return b"%d points\\n" % seen
 print("ready", flush=True)
-store.pull(sys.argv[2])
-print("done", flush=True)
+for line in sys.stdin:
+    victim, point = line.split()
+    if os.fork() == 0:
+        try:
+            os.write(1, run(victim, int(point)))
+        finally:
+            os._exit(0)
+    if os.waitstatus_to_exitcode(os.wait()[1]) == -signal.SIGKILL:
+        print("killed", flush=True)
 """
+KILLS = 50
 
 
 def test_killed_pulls_are_resumed(registry: FaultyRegistry, short_tmp: Path) -> None:
-    """Killed again and again at different moments: never a half image, and in the end the same store as without it."""
-    registry.add_image([layer(n, 2 << 20) for n in range(4)])
-    name = f"{registry.address}/app:1"
-    with_pauses = Store.open(short_tmp / "whole")
-    wanted = with_pauses.pull(name)
-    expected = contents(with_pauses)
-    with_pauses.close()
-    root = short_tmp / "killed"
-    for attempt in range(12):
-        process = subprocess.Popen([sys.executable, "-c", KILLED, str(root), name], stdout=subprocess.PIPE, text=True)
-        assert process.stdout is not None and process.stdout.readline() == "ready\n"
-        time.sleep(0.02 + attempt * 0.04)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        process.stdout.close()
+    """Killed at 50 points between its first and its last step: never half an image, and gone on with the same store."""
+    registry.add_image([layer(n, 100_000) for n in range(4)])
+    name, root, chance = f"{registry.address}/app:1", short_tmp / "killed", random.Random(5)
+    whole = Store.open(short_tmp / "whole")
+    wanted, expected = whole.pull(name).image.id, contents(whole)
+    pulls = subprocess.Popen(
+        [sys.executable, "-c", KILLED, root, name], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert pulls.stdin is not None and pulls.stdout is not None and pulls.stdout.readline() == "ready\n"
+    try:
+        count = int(_pull_in(pulls, "engine", 0).split()[0])
+        _resumed(root, name, wanted, expected)
+        kills = attempts = 0
+        while kills < KILLS:
+            attempts += 1
+            said = _pull_in(pulls, "engine" if attempts % 5 else "workers", chance.randrange(1, count))
+            kills += said == "killed\n"
+            if said != "killed\n" or kills % 4 == 0:  # else the next one goes on with what this one has left
+                _resumed(root, name, wanted, expected)
+            assert said and attempts < 3 * KILLS
+    finally:
+        pulls.stdin.close()
+        pulls.wait()
+        pulls.stdout.close()
+        whole.close()
+
+
+def _pull_in(pulls: subprocess.Popen[str], victim: str, point: int) -> str:
+    assert pulls.stdin is not None and pulls.stdout is not None
+    pulls.stdin.write(f"{victim} {point}\n")
+    pulls.stdin.flush()
+    return pulls.stdout.readline()
+
+
+def _resumed(root: Path, name: str, wanted: str, expected: set[str]) -> None:
+    """The store is sound and gets the whole image; afterwards it is empty again."""
     store = _opened(root)
     try:
-        for image in store.list():
-            assert image.id == wanted.image.id
+        assert {image.id for image in store.list()} <= {wanted}
         store.pull(name)
-        assert contents(store) == expected
-        for path in (store.root / "blobs" / "sha256").iterdir():
+        assert contents(store) == expected and not list((root / "partial").iterdir())
+        for path in (root / "blobs" / "sha256").iterdir():
             assert hashlib.sha256(path.read_bytes()).hexdigest() == path.name
+        store.remove(name, in_use=lambda _: [])
+        assert contents(store) == set()
     finally:
         store.close()
-    assert not [pid for pid in os.listdir("/proc") if pid.isdigit() and _works_on(pid, root)]
 
 
 def _opened(root: Path) -> Store:
@@ -412,13 +466,6 @@ def _opened(root: Path) -> Store:
         except Conflict:
             assert time.monotonic() < end
             time.sleep(0.1)
-
-
-def _works_on(pid: str, root: Path) -> bool:
-    try:
-        return str(root).encode() in Path("/proc", pid, "cmdline").read_bytes()
-    except OSError:
-        return False
 
 
 # Archives
