@@ -30,6 +30,11 @@ def _kvm() -> str | None:
     return problem()
 
 
+def _kvm_device() -> str | None:
+    """Met by one that only emulates, too."""
+    return None if os.access("/dev/kvm", os.R_OK | os.W_OK) else "no /dev/kvm that may be opened"
+
+
 @functools.cache
 def _guest() -> str | None:
     missing = _program("qemu-system-x86_64", "qemu-system-x86")()
@@ -61,6 +66,7 @@ NEEDS: dict[str, Callable[[], str | None]] = {
     "root": _root,
     "qemu": _guest,
     "kvm": _kvm,
+    "kvm-device": _kvm_device,
     "cgroup-v1": _cgroup_v1,
     "cgroup-v2": _cgroup_v2,
     "docker": _program("docker", "docker.io"),

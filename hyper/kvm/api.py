@@ -55,6 +55,7 @@ KVM_CAP_CHECK_EXTENSION_VM = 105
 KVM_CAP_X86_SMM = 117
 KVM_CAP_SPLIT_IRQCHIP = 121
 KVM_CAP_IOEVENTFD_ANY_LENGTH = 122
+KVM_CAP_VCPU_ATTRIBUTES = 127
 KVM_CAP_MAX_VCPU_ID = 128
 KVM_CAP_X2APIC_API = 129
 KVM_CAP_IMMEDIATE_EXIT = 136
@@ -123,11 +124,12 @@ KVM_MP_STATE_SIPI_RECEIVED = 4
 KVM_IRQCHIP_PIC_MASTER = 0
 KVM_IRQCHIP_PIC_SLAVE = 1
 KVM_IRQCHIP_IOAPIC = 2
-KVM_STATS_TYPE_MASK = 0xF
-KVM_STATS_TYPE_LINEAR_HIST = 3
+KVM_VCPU_TSC_CTRL = 0  # a group of attributes of a vCPU (asm/kvm.h)
+KVM_VCPU_TSC_OFFSET = 0  # its only one
 
 KVM_API_VERSION = 12
-MSR_IA32_TSC_DEADLINE = 0x6E0  # asm/msr-index.h
+MSR_IA32_TSC = 0x10  # asm/msr-index.h
+MSR_IA32_TSC_DEADLINE = 0x6E0
 
 NAMES: dict[int, str] = {}  # of exit reasons, for messages and counters
 for _name, _value in list(globals().items()):
@@ -245,9 +247,9 @@ KVM_GET_STATS_FD               = _io("GET_STATS_FD",               NONE, 0xCE, 0
 KVM_GET_XSAVE2                 = _io("GET_XSAVE2",                 R,    0xCF, s.kvm_xsave, KVM_CAP_XSAVE2)
 
 # a device made by KVM_CREATE_DEVICE; a VM and a vCPU have attributes too
-KVM_SET_DEVICE_ATTR            = _io("SET_DEVICE_ATTR",            W,    0xE1, 24, KVM_CAP_DEVICE_CTRL)
-KVM_GET_DEVICE_ATTR            = _io("GET_DEVICE_ATTR",            W,    0xE2, 24, KVM_CAP_DEVICE_CTRL)
-KVM_HAS_DEVICE_ATTR            = _io("HAS_DEVICE_ATTR",            W,    0xE3, 24, KVM_CAP_DEVICE_CTRL)
+KVM_SET_DEVICE_ATTR            = _io("SET_DEVICE_ATTR",            W,    0xE1, s.kvm_device_attr, KVM_CAP_DEVICE_CTRL)
+KVM_GET_DEVICE_ATTR            = _io("GET_DEVICE_ATTR",            W,    0xE2, s.kvm_device_attr, KVM_CAP_DEVICE_CTRL)
+KVM_HAS_DEVICE_ATTR            = _io("HAS_DEVICE_ATTR",            W,    0xE3, s.kvm_device_attr, KVM_CAP_DEVICE_CTRL)
 # fmt: on
 
 TABLE = tuple(value for value in list(globals().values()) if isinstance(value, Ioctl))

@@ -89,16 +89,8 @@ class Memory:
         self.size = size
         self.readonly = readonly
         self.shared = bool(flags & mmap.MAP_SHARED)
-        # Python's own mapping holds the range: it counts the views and unmaps after the last of them.
-        self._reserved = mmap.mmap(-1, size + HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE)
-        start = ctypes.addressof(ctypes.c_char.from_buffer(self._reserved))
-        gap = -start % HUGE
-        self.address = start + gap
-        protection = mmap.PROT_READ | (0 if readonly else mmap.PROT_WRITE)
-        if _mmap(self.address, size, protection, flags | MAP_FIXED, fd, offset) == _FAILED:
-            code = ctypes.get_errno()
-            self._reserved.close()
-            raise OSError(code, f"cannot map {size} bytes at {offset}: {os.strerror(code)}")
+        self._reserved, gap = map_aligned(size, HUGE, protection(readonly), flags, fd, offset)
+        self.address = address_of(self._reserved) + gap
         view = memoryview(self._reserved)[gap : gap + size]
         self.view = view.toreadonly() if readonly else view
 
@@ -133,6 +125,31 @@ class Memory:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+def protection(readonly: bool) -> int:
+    return mmap.PROT_READ | (0 if readonly else mmap.PROT_WRITE)
+
+
+def address_of(mapping: mmap.mmap) -> int:
+    return ctypes.addressof(ctypes.c_char.from_buffer(mapping))
+
+
+def map_aligned(size: int, alignment: int, prot: int, flags: int, fd: int, offset: int = 0) -> tuple[mmap.mmap, int]:
+    """A mapping, and where in it `size` bytes of `fd` begin, at a multiple of `alignment` (a page, or more). Raises OSError.
+
+    Python's own anonymous mapping holds the range: it counts the views and unmaps after the last of them. And it would keep
+    a duplicate of the descriptor, were it to map that itself.
+    """
+    room = size + (alignment if alignment > PAGE else 0)
+    mapping = mmap.mmap(-1, room, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE)
+    start = address_of(mapping)
+    gap = -start % alignment
+    if _mmap(start + gap, size, prot, flags | MAP_FIXED, fd, offset) == _FAILED:
+        code = ctypes.get_errno()
+        mapping.close()
+        raise OSError(code, f"cannot map {size} bytes at {offset}: {os.strerror(code)}")
+    return mapping, gap
 
 
 def set_bits(bitmap: bytes | bytearray | memoryview) -> Iterator[tuple[int, int]]:

@@ -2,7 +2,10 @@
 
 The order of restoring matters (Documentation/virt/kvm/api.rst, and what the calls do to each other): CPUID says which
 registers there are; XCR0 says how XSAVE is laid out; setting registers drops pending exceptions, so events come after; the
-TSC deadline counts only when the LAPIC is in that mode, so it follows the LAPIC.
+TSC deadline counts only when the LAPIC is in that mode and from the TSC as it is then, so it follows both.
+
+The TSC goes on where it was, for all vCPUs: the difference of each to the host's is kept, and all are shifted alike.
+Writing the MSR alone does not do it: KVM may take it for an attempt to synchronize, and ignore it.
 """
 
 from __future__ import annotations
@@ -24,8 +27,26 @@ CHIPS = (api.KVM_IRQCHIP_PIC_MASTER, api.KVM_IRQCHIP_PIC_SLAVE, api.KVM_IRQCHIP_
 _UNFINISHED = (api.KVM_EXIT_IO, api.KVM_EXIT_MMIO, api.KVM_EXIT_X86_RDMSR, api.KVM_EXIT_X86_WRMSR, api.KVM_EXIT_HYPERCALL)
 
 
+def save_machine(vm: Vm, vcpus: list[Vcpu], msr_indices: list[int]) -> State:
+    """`{"vcpus": [...], "vm": ...}` of a VM none of whose vCPUs runs. `msr_indices`: of Kvm.msr_indices().
+
+    Raises as save_vcpu.
+    """
+    return {"vcpus": [save_vcpu(vcpu, msr_indices) for vcpu in vcpus], "vm": save_vm(vm)}
+
+
+def restore_machine(vm: Vm, vcpus: list[Vcpu], state: State) -> None:
+    """Into a VM and vCPUs that never ran. Raises as restore_vcpu and restore_vm; ValueError when there are other vCPUs."""
+    if len(vcpus) != len(state["vcpus"]):
+        raise ValueError(f"the state is of {len(state['vcpus'])} vCPUs, not of {len(vcpus)}")
+    shift = None
+    for vcpu, saved in zip(vcpus, state["vcpus"], strict=True):
+        shift = restore_vcpu(vcpu, saved, shift)
+    restore_vm(vm, state["vm"], vcpus)
+
+
 def save_vcpu(vcpu: Vcpu, msr_indices: list[int]) -> State:
-    """All of it; it must not run, and no other vCPU of its VM either. `msr_indices`: of Kvm.msr_indices().
+    """All of it; it must not run, and no other vCPU of its VM either.
 
     Raises:
         ValueError: its last exit is not finished (see Vcpu.run).
@@ -40,14 +61,18 @@ def save_vcpu(vcpu: Vcpu, msr_indices: list[int]) -> State:
     state["debugregs"] = _hex(vcpu.debugregs)
     state["lapic"] = _hex(vcpu.lapic) if vcpu.has_lapic else None
     state["tsc_khz"] = vcpu.tsc_khz
+    state["tsc_offset"] = vcpu.tsc_offset
     state["cpuid"] = [list(entry) for entry in vcpu.cpuid]
     state["msrs"] = {f"{index:#x}": value for index, value in vcpu.get_msrs(msr_indices).items()}
     state["events"] = _hex(vcpu.events)
     return state
 
 
-def restore_vcpu(vcpu: Vcpu, state: State) -> None:
-    """Into a vCPU that never ran. Raises KvmError or ValueError when this host cannot hold it, KeyError when it is none."""
+def restore_vcpu(vcpu: Vcpu, state: State, shift: int | None = None) -> int | None:
+    """Into a vCPU that never ran. The result is how far the host's TSC has moved, for the next vCPU's `shift`.
+
+    Raises KvmError or ValueError when this host cannot hold it, KeyError when it is none.
+    """
     vcpu.set_cpuid([CpuidEntry(*entry) for entry in state["cpuid"]])
     if vcpu.tsc_khz != state["tsc_khz"]:
         vcpu.set_tsc_khz(state["tsc_khz"])
@@ -57,6 +82,7 @@ def restore_vcpu(vcpu: Vcpu, state: State) -> None:
     msrs = {int(index, 16): value for index, value in state["msrs"].items()}
     deadline = msrs.pop(api.MSR_IA32_TSC_DEADLINE, 0)
     vcpu.set_msrs(msrs)
+    shift = _restore_tsc(vcpu, state["tsc_offset"], msrs.get(api.MSR_IA32_TSC, 0), shift)
     vcpu.set_regs(_struct(s.kvm_regs, state["regs"]))
     if state["lapic"] is not None:
         vcpu.set_lapic(_struct(s.kvm_lapic_state, state["lapic"]))
@@ -65,6 +91,18 @@ def restore_vcpu(vcpu: Vcpu, state: State) -> None:
     vcpu.set_events(_struct(s.kvm_vcpu_events, state["events"]))
     vcpu.set_debugregs(_struct(s.kvm_debugregs, state["debugregs"]))
     vcpu.set_mp_state(state["mp_state"])
+    return shift
+
+
+def _restore_tsc(vcpu: Vcpu, saved_offset: int | None, saved_tsc: int, shift: int | None) -> int | None:
+    offset = vcpu.tsc_offset
+    if offset is None or saved_offset is None:
+        return None
+    if shift is None:
+        now = vcpu.get_msrs([api.MSR_IA32_TSC])[api.MSR_IA32_TSC]
+        shift = (saved_tsc - saved_offset) - (now - offset)
+    vcpu.set_tsc_offset(saved_offset + shift & (1 << 64) - 1)
+    return shift
 
 
 def save_vm(vm: Vm) -> State:

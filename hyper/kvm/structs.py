@@ -93,6 +93,10 @@ class kvm_enable_cap(Structure):
     _fields_ = [("cap", u32), ("flags", u32), ("args", u64 * 4), ("pad", u8 * 64)]
 
 
+class kvm_device_attr(Structure):
+    _fields_ = [("flags", u32), ("group", u32), ("attr", u64), ("addr", u64)]
+
+
 class kvm_regs(Structure):
     _fields_ = _each(u64, "rax rbx rcx rdx rsi rdi rsp rbp r8 r9 r10 r11 r12 r13 r14 r15 rip rflags")
 
@@ -208,7 +212,7 @@ class kvm_run(Structure):
     The union's member for each exit has the exit's name in the header: io (KVM_EXIT_IO), mmio, internal, ...
     """
 
-    class _union(Union):
+    class exits(Union):
         class _fail_entry(Structure):
             _fields_ = [("hardware_entry_failure_reason", u64), ("cpu", u32)]
 
@@ -256,7 +260,7 @@ class kvm_run(Structure):
             ("padding", u8 * 256),
         ]
 
-    _anonymous_ = ("_union",)
+    _anonymous_ = ("_exits",)
     _fields_ = [
         ("request_interrupt_window", u8),
         ("immediate_exit", u8),
@@ -267,7 +271,7 @@ class kvm_run(Structure):
         ("flags", u16),
         ("cr8", u64),
         ("apic_base", u64),
-        ("_union", _union),
+        ("_exits", exits),
         ("kvm_valid_regs", u64),
         ("kvm_dirty_regs", u64),
         ("s", u8 * 2048),

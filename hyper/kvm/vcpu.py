@@ -16,6 +16,7 @@ from hyper.kvm import structs as s
 from hyper.kvm.api import call, libc
 from hyper.kvm.cpuid import CpuidEntry
 from hyper.kvm.errors import KvmError
+from hyper.kvm.memory import PAGE, map_aligned, protection
 
 KICK_SIGNAL = signal.SIGRTMIN + 6
 _SYS_TGKILL = 234  # asm/unistd_64.h
@@ -29,7 +30,8 @@ _MMIO_DATA = 40  # in kvm_run: the union is at 32, and mmio.data behind mmio.phy
 class Vcpu:
     """Made by Vm.create_vcpu. `exit` is the kvm_run that the kernel shares with us. Every call raises KvmError.
 
-    One thread runs it; the others may `kick` it, and use the rest while it does not run.
+    One thread runs it; the others may `kick` it. All else waits in the kernel while it runs, so a
+    descriptor for figures is made before.
     """
 
     __slots__ = ("_ident", "_map", "_thread", "_xsave_size", "exit", "fd", "has_lapic", "index", "page")
@@ -43,7 +45,7 @@ class Vcpu:
         self._ident = 0  # of Python, of the thread that ran it last
         self._thread = 0  # the kernel's id of it
         try:
-            self._map = mmap.mmap(fd, run_size)
+            self._map, _ = map_aligned(run_size, PAGE, protection(readonly=False), mmap.MAP_SHARED, fd)
         except BaseException:
             os.close(fd)
             self.fd = -1
@@ -206,6 +208,25 @@ class Vcpu:
     def set_tsc_khz(self, khz: int) -> None:
         call(self.fd, api.KVM_SET_TSC_KHZ, khz, f"vCPU {self.index}, {khz} kHz")
 
+    @property
+    def tsc_offset(self) -> int | None:
+        """The guest's time stamp counter less the host's (scaled to its rate), modulo 2^64; None before Linux 5.16."""
+        value = ctypes.c_uint64()
+        attr = s.kvm_device_attr(0, api.KVM_VCPU_TSC_CTRL, api.KVM_VCPU_TSC_OFFSET, ctypes.addressof(value))
+        try:
+            call(self.fd, api.KVM_GET_DEVICE_ATTR, ctypes.byref(attr), f"vCPU {self.index}, TSC offset")
+        except KvmError as error:
+            if error.errno not in (errno.ENXIO, errno.ENOTTY, errno.EINVAL):
+                raise
+            return None
+        return value.value
+
+    def set_tsc_offset(self, offset: int) -> None:
+        """Exact, where writing the MSR is not: KVM takes a value less than a second off for an attempt to synchronize."""
+        value = ctypes.c_uint64(offset)
+        attr = s.kvm_device_attr(0, api.KVM_VCPU_TSC_CTRL, api.KVM_VCPU_TSC_OFFSET, ctypes.addressof(value))
+        call(self.fd, api.KVM_SET_DEVICE_ATTR, ctypes.byref(attr), f"vCPU {self.index}, TSC offset")
+
     def get_msrs(self, indices: Iterable[int]) -> dict[int, int]:
         """Their values; what this vCPU has not is left out."""
         wanted = list(indices)
@@ -219,18 +240,18 @@ class Vcpu:
         return found
 
     def set_msrs(self, values: Mapping[int, int]) -> None:
-        """In their order. KvmError names the first that the kernel does not take; those before it are set."""
-        indices = list(values)
-        head = struct.pack("<II", len(indices), 0)
-        done = call(
-            self.fd,
-            api.KVM_SET_MSRS,
-            head + b"".join(_MSR.pack(index, values[index]) for index in indices),
-            f"vCPU {self.index}",
-        )
-        if done < len(indices):
-            refused = indices[done]
-            raise KvmError(errno.EINVAL, "KVM_SET_MSRS", f"vCPU {self.index}, MSR {refused:#x} to {values[refused]:#x}")
+        """In their order. One that the kernel refuses counts as set where it has that value (KVM's own, without a LAPIC).
+
+        KvmError names the first that is not; those before it are set.
+        """
+        left = list(values)
+        while left:
+            data = b"".join(_MSR.pack(index, values[index]) for index in left)
+            done = call(self.fd, api.KVM_SET_MSRS, struct.pack("<II", len(left), 0) + data, f"vCPU {self.index}")
+            if done < len(left) and self.get_msrs(left[done : done + 1]).get(left[done]) != values[left[done]]:
+                subject = f"vCPU {self.index}, MSR {left[done]:#x} to {values[left[done]]:#x}"
+                raise KvmError(errno.EINVAL, "KVM_SET_MSRS", subject)
+            left = left[done + 1 :]
 
     def kvmclock_ctrl(self) -> None:
         """Tell the guest that it was stopped, so that its watchdogs forgive. EINVAL when it does not use kvmclock."""

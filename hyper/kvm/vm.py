@@ -100,7 +100,8 @@ class Vm:
     def dirty_log(self, slot: int) -> bytearray:
         """A bit for each page of the slot that vCPUs wrote since the last call or since the log was switched on; clears it.
 
-        Only what the guest and the kernel (kvmclock) write is in it, not what this process or vhost writes there.
+        A page that was only read may be in it the first time: the kernel maps it writable where it can.
+        Only what the guest and the kernel (kvmclock) write counts, not what this process or vhost writes there.
         """
         pages = self.slots[slot].size // PAGE
         bitmap = bytearray((pages + 63) // 64 * 8)
