@@ -195,13 +195,18 @@ class Networks:
         it cannot."""
         try:
             self.host.create(network)
-            with self.lock:
-                removed = network.id not in self._networks
-            if removed:  # and taken away, perhaps before it was there
-                self.host.remove(network)
+            self._unless_removed(network)
         except AmbiError as error:
             log.error("network %s: %s", network.name, error)
         self.names.warm_up()
+
+    def _unless_removed(self, network: Network) -> None:
+        """Take away what has just been made for `network` if that has been removed meanwhile, or even before."""
+        with self.lock:
+            removed = network.id not in self._networks
+        if removed:
+            self.names.forget(network.id)
+            self.host.remove(network)
 
     def _drop(self, network: Network) -> None:
         with self.lock:
@@ -331,6 +336,7 @@ class Networks:
                 if network.id in used:
                     self.host.ensure(network)
                     self.tell_names(network)
+                    self._unless_removed(network)
             for record in alive:
                 publishing.restore(self, record)
             self.host.warm_up()

@@ -117,8 +117,13 @@ def _unpublish(networks: Networks, record: Record) -> None:
 
 
 def restore(networks: Networks, record: Record) -> None:
-    """After an engine has started again: the ports that `record` has published before it, as they were. Idempotent."""
+    """After an engine has started again: the ports that `record` has published before it, as they were. Idempotent, and
+    nothing stays published when it has ended meanwhile."""
     published = networks.state(record).ports
     if published:
         networks.names.netd().publish(record.id, list(published))
         networks.host.publish(record.id, published)
+        if not networks.state(record).ports:
+            with record.lock:  # which a start holds
+                if not networks.state(record).ports:
+                    _unpublish(networks, record)
