@@ -15,12 +15,19 @@ KEEP_BYTES = 64 << 10
 PANIC = b"Kernel panic - not syncing"
 RESTART = (b"reboot: Restarting system", b"reboot: machine restart")
 LAST_WORDS_BYTES = 4096
+LINE_CHARACTERS = 300
 
 
 def _keep(kept: bytearray, data: bytes) -> None:
     kept += data
     if len(kept) > KEEP_BYTES:
         del kept[:-KEEP_BYTES]
+
+
+def _readable(line: bytes, at: int) -> str:
+    """`line` around `at`, at most LINE_CHARACTERS, fit to be printed."""
+    part = line[max(0, at - LINE_CHARACTERS // 4) :][:LINE_CHARACTERS].decode("ascii", "replace").strip()
+    return "".join(c if c.isprintable() else "." for c in part)
 
 
 class Console:
@@ -85,7 +92,7 @@ class Console:
     def _last_lines(self, words: bytes) -> list[str]:
         with self._lock:
             text = bytes(self.tail if words is PANIC else self.tail[-LAST_WORDS_BYTES:])
-        return [line.decode("ascii", "replace").strip() for line in text.splitlines() if words in line]
+        return [_readable(line, line.index(words)) for line in text.splitlines() if words in line]
 
     def close(self) -> None:
         self.flush()
