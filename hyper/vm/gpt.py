@@ -4,7 +4,7 @@ sector 0                protective MBR
 1                       header
 2..33                   128 entries
 2048..                  partition 1, each next one on a 4 KiB boundary
-the last 33 sectors     the entries again, the header again
+the last 33 sectors     the entries again, the header again; the disk ends on a 4 KiB boundary
 """
 
 from __future__ import annotations
@@ -51,7 +51,8 @@ def table(sizes_sectors: tuple[int, ...]) -> Table:
     for sectors in sizes_sectors:
         partitions.append(Partition(at, sectors))
         at += -(-sectors // ALIGN) * ALIGN
-    total = at + TRAILER_SECTORS
+    # Of a disk that is no multiple of 4 KiB Linux reads the table in single sectors: 73 requests instead of a dozen.
+    total = -(-(at + TRAILER_SECTORS) // ALIGN) * ALIGN
     entries = b"".join(_entry(i, p) for i, p in enumerate(partitions)).ljust(TABLE_SECTORS * SECTOR, b"\0")
     primary = _header(1, total - 1, 2, total, entries)
     backup = _header(total - 1, 1, total - TRAILER_SECTORS, total, entries)

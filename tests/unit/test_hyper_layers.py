@@ -44,7 +44,7 @@ def test_partitions_do_not_overlap_and_are_aligned() -> None:
     for partition in table.partitions:
         assert partition.start >= at and partition.start % 8 == 0
         at = partition.start + partition.sectors
-    assert table.total_sectors >= at + gpt.TRAILER_SECTORS
+    assert table.total_sectors >= at + gpt.TRAILER_SECTORS and table.total_sectors % gpt.ALIGN == 0
 
 
 def test_partition_type_is_linux_data() -> None:
