@@ -32,7 +32,7 @@ def find_qemu() -> str | None:
 
 
 def host(cache_dir: Path | None = None) -> Host:
-    """Try it, which takes up to 0.2 s, or read what an earlier try of this boot found and kept below `cache_dir`."""
+    """Try it, which takes less than 0.1 s, or read what an earlier try of this boot found and kept below `cache_dir`."""
     key = (_boot_id(), _device())
     if cache_dir is None and key in _known:
         return _known[key]

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import os
 import struct
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
 from hyper.kvm import api, state
 from hyper.kvm.errors import KvmError, Lacking
 from hyper.kvm.memory import MADV_DONTNEED, PAGE, Memory, set_bits
+from hyper.kvm.probe import problem
 from hyper.kvm.stats import stats
 from hyper.kvm.system import Kvm
 from hyper.kvm.vcpu import Vcpu
 from tests.kvmkit import ENTRY, SIZE, Guest, outputs
+from tests.needs import machine_kind
 
 pytestmark = pytest.mark.needs("kvm-device")
 
@@ -702,3 +707,21 @@ def test_memory_is_aligned_and_refuses_nonsense() -> None:
             memory.view[0] = 1
     finally:
         os.close(fd)
+
+
+def test_the_documents_example_runs_as_it_stands() -> None:
+    root = Path(__file__).parents[2]
+    example = (root / "docs" / "kvm.md").read_text().split("```python\n")[1].split("```")[0]
+    ran = subprocess.run([sys.executable, "-c", example], check=False, cwd=root, capture_output=True, text=True)
+    assert (ran.returncode, ran.stdout, ran.stderr) == (0, "7\n", "")
+    assert len(example[example.index("with Kvm") :].splitlines()) <= 10
+
+
+def test_the_probe_tells_true_kvm_from_the_rest() -> None:
+    assert problem("/dev/kvm-that-is-not-there") == "there is no /dev/kvm-that-is-not-there"
+    assert problem("/dev/null") == "/dev/null cannot run a guest: KVM_GET_API_VERSION: Inappropriate ioctl for device"
+    found = problem()
+    if machine_kind() == "tcg":
+        assert found and found.startswith("/dev/kvm only emulates: ")
+    else:
+        assert found is None
