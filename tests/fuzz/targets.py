@@ -101,11 +101,10 @@ TARGETS = {
 }  # fmt: skip
 
 
-def failures(name: str, seeds: Iterator[int]) -> Iterator[tuple[int, BaseException]]:
+def failures(target: Target, seeds: Iterator[int]) -> Iterator[tuple[int, BaseException]]:
     """Seeds whose input did what it must not."""
     from tests.fuzz.mutate import mutated
 
-    target = TARGETS[name]
     for seed in seeds:
         data = mutated(target.good, seed)
         try:

@@ -13,7 +13,7 @@ MOST = 4096  # of one request: a driver asks again
 class Rng(Device):
     device_id = 4
     name = "rng"
-    queue_sizes = (8,)
+    queue_sizes = (16,)
 
     def notified(self, index: int) -> None:
         queue = self.queues[index]
