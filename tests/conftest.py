@@ -98,7 +98,7 @@ def short_tmp() -> Iterator[Path]:
     import shutil
     import tempfile
 
-    path = Path(tempfile.mkdtemp(prefix="ambi-", dir="/tmp"))
+    path = Path(tempfile.mkdtemp(prefix=census.temporary_prefix(MARK), dir="/tmp"))
     yield path
     shutil.rmtree(path, ignore_errors=True)
     assert not path.exists() or not any(path.iterdir()), f"{path} could not be removed"
