@@ -112,6 +112,7 @@ _CREATE: list[Callable[[Any], Any]] = [
     option("--pids-limit", type=int, metavar="NUMBER", help="Most processes and threads, -1 for no limit."),
     many("--ulimit", metavar="NAME=SOFT[:HARD]", help="A resource limit, as nofile=1024:2048."),
     option("--shm-size", metavar="SIZE", help="Size of /dev/shm.  [default: 64m]"),
+    many("--storage-opt", metavar="NAME=VALUE", help="size=BYTES: the most that the writable layer may hold."),
     many("--sysctl", metavar="NAME=VALUE", help="A namespaced kernel parameter."),
     option("--oom-score-adj", type=click.IntRange(-1000, 1000), metavar="SCORE", help="Higher is killed sooner."),
     option("--ipc", metavar="MODE", help="IPC namespace: private, none or host."),

@@ -120,6 +120,7 @@ def _host(flags: dict[str, Any], volumes: dict[str, Any]) -> dict[str, Any]:
     optional = {
         "Tmpfs": mounts.tmpfs(flags["tmpfs"]),
         "Mounts": [mounts.mount(text) for text in flags["mount"]],
+        "StorageOpt": key_values("--storage-opt", (), flags["storage_opt"]),
         "Sysctls": _sysctls(flags["sysctl"]),
         "Runtime": _runtime(flags["isolation"], flags["runtime"]),
     }

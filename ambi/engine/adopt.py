@@ -20,9 +20,9 @@ from pathlib import Path
 from ambi.core.errors import AmbiError, InvalidRequest, Unavailable
 from ambi.core.model import ExecId, ExitStatus, Status
 from ambi.core.plan import LaunchPlan
-from ambi.engine import lifecycle, mounts, pausing
+from ambi.engine import diskquota, lifecycle, mounts, pausing
 from ambi.engine.core import KILLED_WITH_SHIM, OTHER_BOOT, Core
-from ambi.engine.create import RECORD_FILE, read_record
+from ambi.engine.create import RECORD_FILE, UPPER, read_record
 from ambi.engine.records import ExecRecord, Record, Run
 from ambi.engine.state import Row
 from ambi.engine.volumes import marked_volumes
@@ -185,6 +185,7 @@ def _sweep_leftovers(core: Core, id: str) -> None:
     except AmbiError as error:
         log.error("%s: cannot be swept: %s", id[:12], error)
         return
+    diskquota.release(core.roots.instance_data(id) / UPPER)
     for path in (core.roots.instance_run(id), core.roots.instance_data(id)):
         shutil.rmtree(path, ignore_errors=True)
 

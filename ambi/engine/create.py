@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 
 from ambi.core.deadline import Deadline
 from ambi.core.errors import Conflict, InvalidRequest, NotFound, from_os_error
-from ambi.core.model import IdMap, InstanceId, Workload
+from ambi.core.model import IdMap, InstanceId, Isolation, Workload
 from ambi.core.model import Status as S
 from ambi.core.undo import Undo
-from ambi.engine import mounts, names, request, spec
+from ambi.engine import diskquota, mounts, names, request, spec
 from ambi.engine.body import Body
 from ambi.engine.core import Core
 from ambi.engine.records import Record
@@ -49,6 +49,9 @@ def create(core: Core, name: str | None, asked: CreateSpec) -> tuple[InstanceId,
 def _create(core: Core, name: str | None, asked: CreateSpec, image: Image) -> InstanceId:
     id = InstanceId(names.new_id())
     isolation = request.isolation_of(Body("HostConfig", asked.host))
+    size_bytes = diskquota.wanted_bytes(Body("HostConfig", asked.host), isolation)
+    if isolation is Isolation.CONTAINER:
+        diskquota.check(core.roots.data, size_bytes)
     full = request.complete(asked, image.config.get("config") or {}, id)
     spec.prepare(id, isolation, full, core.roots.instance_data(id))
     asked_mounts = mounts.parse(Body("Config", full.config), Body("HostConfig", full.host))
@@ -76,6 +79,9 @@ def _create(core: Core, name: str | None, asked: CreateSpec, image: Image) -> In
             data.mkdir(0o710)
             undo.add(f"remove {data}", lambda: shutil.rmtree(data))
             (data / UPPER).mkdir(0o700)
+            if size_bytes and isolation is Isolation.CONTAINER:
+                undo.add("forget the limit of its disk", lambda: diskquota.release(data / UPPER))
+                diskquota.apply(data / UPPER, id, size_bytes)
             write_record(data, row)
         except OSError as error:
             raise from_os_error(f"cannot create container '{name}'", error) from error
@@ -137,7 +143,7 @@ def write_record(data: Path, row: Row) -> None:
 
 def read_record(data: Path) -> Row | None:
     """What `write_record` wrote, as an instance that has ended or never ran; None when it is missing or damaged."""
-    from ambi.core.model import IdRange, Isolation
+    from ambi.core.model import IdRange
 
     try:
         body = json.loads((data / RECORD_FILE).read_bytes())

@@ -12,7 +12,7 @@ from ambi.core.deadline import Deadline
 from ambi.core.errors import AmbiError, Conflict, InvalidRequest, NotFound, NotModified, Unavailable, from_os_error
 from ambi.core.model import ExitStatus, Isolation, Status
 from ambi.core.plan import LAUNCH_FILE, Layers
-from ambi.engine import names, pausing, signals, spec
+from ambi.engine import diskquota, names, pausing, signals, spec
 from ambi.engine.core import Core
 from ambi.engine.create import RECORD_FILE, UPPER, write_record, write_whole
 from ambi.engine.mountpoints import points_of
@@ -400,6 +400,7 @@ def discard(core: Core, record: Record, volumes: list[str]) -> None:
         (data / RECORD_FILE).unlink(missing_ok=True)
         core.volumes.drop(volumes, record.id)
         core.db.delete(record.id)
+        diskquota.release(data / UPPER)
         for directory in (run, data):
             if directory.exists():
                 shutil.rmtree(directory)

@@ -18,8 +18,8 @@ _WORKS = """
     AutoRemove Binds CapAdd CapDrop CgroupnsMode ConsoleSize ContainerIDFile CpuPeriod CpuQuota CpuShares CpusetCpus
     CpusetMems Devices Dns DnsOptions DnsSearch ExtraHosts GroupAdd Init IpcMode Links LogConfig MaskedPaths Memory
     MemoryReservation MemorySwap Mounts NanoCpus NetworkMode OomScoreAdj PidMode PidsLimit PortBindings Privileged
-    PublishAllPorts ReadonlyPaths ReadonlyRootfs RestartPolicy Runtime SecurityOpt ShmSize Sysctls Tmpfs Ulimits UTSMode
-    VolumeDriver VolumesFrom
+    PublishAllPorts ReadonlyPaths ReadonlyRootfs RestartPolicy Runtime SecurityOpt ShmSize StorageOpt Sysctls Tmpfs Ulimits
+    UTSMode VolumeDriver VolumesFrom
 """
 _SUPPORTED = frozenset(_WORKS.split())
 # Fields that do not work, and Docker's flag for each.
@@ -41,7 +41,6 @@ _REFUSED = {
     "KernelMemoryTCP": "HostConfig.KernelMemoryTCP",
     "MemorySwappiness": "--memory-swappiness",
     "OomKillDisable": "--oom-kill-disable",
-    "StorageOpt": "--storage-opt",
     "UsernsMode": "--userns",
 }
 _CONTAINER_ONLY = {

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from ambi.core.errors import InvalidRequest
-from ambi.core.model import VmShape
+from ambi.core.model import Isolation, VmShape
+from ambi.engine import diskquota
 from ambi.engine.body import Body
 
 MINIMUM_MEMORY = 6 << 20  # as Docker's
@@ -103,12 +104,17 @@ def _cpu(host: Body) -> dict[str, Any]:
 
 
 def vm_shape(host: Body) -> VmShape:
-    """vCPUs: `--cpus` rounded up. Memory: the limit, which holds inside, and room for the guest's kernel."""
+    """vCPUs: `--cpus` rounded up. Memory: the limit, which holds inside, and room for the guest's kernel. Disk: by
+    `--storage-opt`."""
     default = VmShape()
     limit, nano = host.number("Memory"), host.number("NanoCpus")
     memory = max(limit + GUEST_OVERHEAD, default.memory_bytes) if limit else default.memory_bytes
     memory = (memory + (2 << 20) - 1) & ~((2 << 20) - 1)
-    return VmShape(vcpus=max(default.vcpus, -(-nano // 1_000_000_000)), memory_bytes=memory)
+    return VmShape(
+        vcpus=max(default.vcpus, -(-nano // 1_000_000_000)),
+        memory_bytes=memory,
+        disk_bytes=diskquota.wanted_bytes(host, Isolation.VM) or default.disk_bytes,
+    )
 
 
 def rlimits(host: Body) -> list[dict[str, Any]]:

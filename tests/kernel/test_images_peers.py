@@ -125,7 +125,9 @@ def test_pushed_images_run_here(peers: Peers, writer: str) -> None:
 @pytest.mark.needs("qemu")
 def test_a_pushed_image_runs_as_a_vm(peers: Peers) -> None:
     name = f"{peers.address}/podman-zstd:1"
-    assert peers.ours("run", "--rm", "--runtime=vm", "--network=none", name, "cat", "/word") == b"podman"
+    asked = ("--rm", "--runtime=vm", "--network=none", "--storage-opt=size=200m", name, "sh", "-c")
+    word, size = peers.ours("run", *asked, "cat /word; df -m / | awk 'END { print \" \" $2 }'").split()
+    assert word == b"podman" and 150 < int(size) <= 200, "its disk is as large as was asked for"
 
 
 @pytest.mark.parametrize("writer", ["docker", "podman-docker", "podman-oci", "buildah-docker", "skopeo-oci"])
