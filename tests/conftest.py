@@ -10,8 +10,10 @@ from __future__ import annotations
 import fnmatch
 import os
 import secrets
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import FrameType
 
 import pytest
 
@@ -19,6 +21,7 @@ from tests import census
 from tests.needs import NEEDS, machine_kind
 
 HERE = Path(__file__).parent
+_MAIN = os.getpid()
 MARK = os.environ.setdefault(census.MARK_VARIABLE, secrets.token_hex(8))
 _skips: list[tuple[str, str]] = []
 _failures: dict[str, None] = {}  # node ids, in order
@@ -27,7 +30,16 @@ FAILURES_VARIABLE = "AMBI_TEST_FAILURES"  # a file that gets the node ids of fai
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    signal.signal(signal.SIGTERM, _ended)
     config.addinivalue_line("markers", "needs(name, ...): what the test needs of this machine, see tests/needs.py")
+
+
+def _ended(number: int, frame: FrameType | None) -> None:
+    """scripts/test ends what runs beside a group that failed; like ctrl-c, it lets fixtures clear away."""
+    if os.getpid() == _MAIN:
+        raise KeyboardInterrupt
+    signal.signal(number, signal.SIG_DFL)  # a child that a test has forked
+    os.kill(os.getpid(), number)
 
 
 def pytest_report_header() -> list[str]:

@@ -8,6 +8,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -30,9 +31,13 @@ def engine(new_engine: Callable[[], EngineUnderTest], busybox_tar: Path) -> Engi
 @pytest.mark.timeout(900)
 def test_output_of_a_short_life_is_whole(engine: EngineUnderTest, isolation: str) -> None:
     script = "head -c 4096 /dev/zero | tr '\\0' x"
-    for number in range(SHORT_RUNS[isolation]):
+
+    def run(number: int) -> None:
         done = engine.docker("run", "--rm", "--network", "none", "--runtime", isolation, "busybox", "sh", "-c", script)
         assert (done.returncode, done.stdout, done.stderr) == (0, EXPECTED, b""), f"run {number}"
+
+    with ThreadPoolExecutor(os.cpu_count()) as several:
+        list(several.map(run, range(SHORT_RUNS[isolation])))
 
 
 @pytest.mark.timeout(900)
