@@ -89,6 +89,7 @@ CASES = {
     "pids": "--pids-limit 50 busybox",
     "no pids limit": "--pids-limit -1 busybox",
     "ulimit": "--ulimit nofile=1024:2048 --ulimit core=0 --ulimit memlock=-1:-1 busybox",
+    "storage": "--storage-opt size=10G busybox",
     "sysctl": "--sysctl net.ipv4.ip_forward=1 --sysctl kernel.shmmax=1 busybox",
     "oom": "--oom-score-adj -500 busybox",
     "stop": "--stop-signal USR1 --stop-timeout 3 busybox",
