@@ -16,7 +16,7 @@ import pytest
 from ambi.core.deadline import Deadline
 from ambi.core.errors import Corrupt
 from ambi.core.loop import Loop
-from hyper.vmm import layout
+from hyper.vmm import console, layout
 from hyper.vmm.config import Config
 from hyper.vmm.machine import Ending, Machine
 from tests.monitorkit import POWER_OFF, RESET, SPIN, TRIPLE_FAULT, out, raw_kernel, say
@@ -134,17 +134,18 @@ def test_a_vcpu_that_spins_is_paused_goes_on_and_is_ended(rig: Rig) -> None:
     assert seen[0] == seen[1] > 0
 
 
-def test_a_console_that_nobody_reads_stops_nothing(rig: Rig) -> None:
-    """66,000 bytes by `rep outsb` from what is all zeros, into a pipe that takes 4096; the last words are kept."""
+def test_a_console_that_nobody_reads_stops_nothing(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """5,500 bytes by `rep outsb` from what is all zeros, into a pipe that takes 4096; the last words are kept."""
+    monkeypatch.setattr(console, "KEEP_BYTES", 1024)
     reader, writer = os.pipe()
     fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, 4096)
     os.dup2(writer, rig.fds[1], inheritable=False)
     os.close(writer)
-    flood = b"\x66\xba\xf8\x03\xbe\x00\x00\x20\x00\xb9\xd0\x01\x01\x00\xf3\x6e"  # dx 3f8h, esi 200000h, ecx 66000
+    flood = b"\x66\xba\xf8\x03\xbe\x00\x00\x20\x00\xb9\x7c\x15\x00\x00\xf3\x6e"  # dx 3f8h, esi 200000h, ecx 5500
     machine = rig.machine(flood + say(PANIC) + TRIPLE_FAULT)
     ending = machine.run()
     assert ending.cause == "guest-panic" and ending.detail.endswith(PANIC.strip()) and len(ending.detail) <= 300
-    assert len(machine.console.tail) == 64 << 10
+    assert len(machine.console.tail) == 1024
     assert 0 < len(os.read(reader, 1 << 20)) <= 4096
     os.close(reader)
 
