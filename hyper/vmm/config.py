@@ -47,8 +47,9 @@ class Share(NamedTuple):
 
 class Config(NamedTuple):
     """kvm: a descriptor of /dev/kvm. kernel, initramfs: of regular files. console: of a stream that takes what the serial
-    port says. agent: of the stream socket to the driver, or -1. control: of the control socket, or -1. memory: of a memfd of
-    memory_bytes for RAM that others map too, or -1 for memory of our own; shares need one. spares: virtio-mmio slots without
+    port says. agent: of the stream socket to the driver, or -1. control: of the control socket, or -1. memory: of a file of
+    memory_bytes for RAM, or -1 for memory of our own; memory_shared: others map it too (shares need that), else it is copied
+    on write. state: of a saved machine that goes on, or -1 for a boot. spares: virtio-mmio slots without
     a device, for later ones."""
 
     kvm: int
@@ -61,6 +62,8 @@ class Config(NamedTuple):
     agent: int = -1
     control: int = -1
     memory: int = -1
+    memory_shared: bool = True
+    state: int = -1
     disks: tuple[Disk, ...] = ()
     nics: tuple[Nic, ...] = ()
     shares: tuple[Share, ...] = ()
@@ -75,7 +78,7 @@ def check(config: Config) -> None:
         raise InvalidRequest(
             f"a VM cannot have {config.vcpus} CPUs: 1 to {MAX_VCPUS} are possible", hint=f"for example --cpus {MAX_VCPUS}"
         )
-    if config.shares and config.memory < 0:
+    if config.shares and (config.memory < 0 or not config.memory_shared):
         raise InvalidRequest("a VM with shared directories needs memory that virtiofsd can map too: give a memfd")
     slots = slots_of(config)
     if slots > SLOTS:

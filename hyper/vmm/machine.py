@@ -69,7 +69,7 @@ class Machine:
     # making it, in this order
 
     def _build(self) -> None:
-        kvm = Kvm(os.dup(self.config.kvm))
+        self.kvm = kvm = Kvm(os.dup(self.config.kvm))
         self._undo.add("close KVM", kvm.close)
         kvm.require(*NEEDED)
         self.vm = kvm.create_vm()
@@ -103,7 +103,7 @@ class Machine:
     def _make_ram(self, piece: layout.Piece) -> Memory:
         if self.config.memory < 0:
             return Memory(piece.size)
-        return Memory.of_file(self.config.memory, piece.size, piece.offset, shared=True)
+        return Memory.of_file(self.config.memory, piece.size, piece.offset, shared=self.config.memory_shared)
 
     def _add_ports(self) -> None:
         self._wake = self._eventfd()
@@ -185,7 +185,7 @@ class Machine:
         """Run until the guest, a device or `end` ends it. No vCPU runs afterwards."""
         if not self._started:
             self.start()
-        self.vcpus.resume()
+        self.resume()
         try:
             self._loop.run(lambda: self.ending is not None)
         finally:
@@ -200,6 +200,9 @@ class Machine:
         self.vcpus.pause()
 
     def resume(self) -> None:
+        """Go on, also after `saving`: devices first, which tell the guest again what it may have missed."""
+        for transport in self.transports:
+            transport.resume()
         self.vcpus.resume()
 
     def end(self, cause: str, detail: str = "") -> None:

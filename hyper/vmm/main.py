@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 from ambi.core.errors import AmbiError
 from ambi.core.loop import Loop
 from hyper.vmm import filter as syscalls
+from hyper.vmm import saving, snapshot
 from hyper.vmm.config import Config
 from hyper.vmm.control import Control
 from hyper.vmm.machine import Ending, Machine
@@ -35,7 +36,7 @@ def run(config: Config) -> NoReturn:
     control = None
     try:
         machine = Machine(config, loop)
-        machine.boot()
+        _begin(machine)
         control = _control(machine, loop)
         machine.start()
         syscalls.load(os.getpid())
@@ -46,6 +47,14 @@ def run(config: Config) -> NoReturn:
         ending = Ending("internal", f"{type(error).__name__}: {error}")
     tell(config, control, ending)
     os._exit(STATUS[ending.cause])
+
+
+def _begin(machine: Machine) -> None:
+    """To its first instruction, or to where a saved one stood."""
+    if machine.config.state < 0:
+        machine.boot()
+    else:
+        saving.restore(machine, snapshot.read_state(machine.config.state))
 
 
 def tell(config: Config, control: Control | None, ending: Ending) -> None:
@@ -65,6 +74,7 @@ def _control(machine: Machine, loop: Loop) -> Control | None:
         "figures": lambda *_: figures(machine),
         "pause": lambda *_: _pause(machine),
         "resume": lambda *_: _resume(machine),
+        "save": lambda _, fds: {"snapshot": saving.save(machine, *fds)},
     }
     sock = socket.socket(fileno=machine.config.control)
     return Control(loop, sock, verbs, lambda: machine.end("internal", "the driver is gone"))
