@@ -8,6 +8,7 @@ would need minutes to boot. An entry may cost from 1 to 300 us, so it is measure
 
 from __future__ import annotations
 
+import errno
 import time
 
 from hyper.kvm import api
@@ -72,5 +73,5 @@ def _run(vcpu: Vcpu, memory: Memory, rounds: int) -> float:
     reason = vcpu.run()
     took = time.perf_counter() - before
     if reason != api.KVM_EXIT_HLT:
-        raise OSError(0, f"the guest stopped with {vcpu.describe_exit()}")
+        raise OSError(errno.EPROTO, f"the guest stopped with {vcpu.describe_exit()}")
     return took

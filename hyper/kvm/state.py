@@ -23,6 +23,9 @@ from hyper.kvm.vcpu import Vcpu
 from hyper.kvm.vm import Vm
 
 State = dict[str, Any]
+# asm/msr-index.h: fixed and variable MTRRs and their default; part of a processor, but not in KVM's list before Linux 6.6
+MTRRS = (*range(0x200, 0x210), 0x250, 0x258, 0x259, *range(0x268, 0x270), 0x2FF)
+EFER_SVME, CR4_VMXE = 1 << 12, 1 << 13
 CHIPS = (api.KVM_IRQCHIP_PIC_MASTER, api.KVM_IRQCHIP_PIC_SLAVE, api.KVM_IRQCHIP_IOAPIC)
 _UNFINISHED = (api.KVM_EXIT_IO, api.KVM_EXIT_MMIO, api.KVM_EXIT_X86_RDMSR, api.KVM_EXIT_X86_WRMSR, api.KVM_EXIT_HYPERCALL)
 
@@ -49,10 +52,13 @@ def save_vcpu(vcpu: Vcpu, msr_indices: list[int]) -> State:
     """All of it; it must not run, and no other vCPU of its VM either.
 
     Raises:
-        ValueError: its last exit is not finished (see Vcpu.run).
+        ValueError: its last exit is not finished (see Vcpu.run), or it is a hypervisor itself, whose guests are not saved.
     """
     if vcpu.exit.exit_reason in _UNFINISHED:
         raise ValueError(f"vCPU {vcpu.index} is in the middle of an instruction: kick it, and run it until KVM_EXIT_INTR")
+    sregs = vcpu.sregs
+    if sregs.efer & EFER_SVME or sregs.cr4 & CR4_VMXE:
+        raise ValueError(f"vCPU {vcpu.index} has virtualization switched on, and guests of a guest cannot be saved")
     state: State = {"mp_state": vcpu.mp_state}  # first: asking for it may still change the others
     state["regs"] = _hex(vcpu.regs)
     state["sregs"] = _hex(vcpu.sregs)
@@ -63,7 +69,7 @@ def save_vcpu(vcpu: Vcpu, msr_indices: list[int]) -> State:
     state["tsc_khz"] = vcpu.tsc_khz
     state["tsc_offset"] = vcpu.tsc_offset
     state["cpuid"] = [list(entry) for entry in vcpu.cpuid]
-    state["msrs"] = {f"{index:#x}": value for index, value in vcpu.get_msrs(msr_indices).items()}
+    state["msrs"] = {f"{index:#x}": value for index, value in vcpu.get_msrs(dict.fromkeys((*msr_indices, *MTRRS))).items()}
     state["events"] = _hex(vcpu.events)
     return state
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import struct
 
@@ -29,8 +30,8 @@ def stats(fd: int) -> dict[str, int]:
 
 def _read(fd: int, offset: int, length: int) -> bytes:
     if length > _MOST:
-        raise OSError(0, f"statistics of {length} bytes")
+        raise OSError(errno.EPROTO, f"statistics of {length} bytes")
     data = os.pread(fd, length, offset)
     if len(data) != length:
-        raise OSError(0, f"statistics end at {offset + len(data)}, not at {offset + length}")
+        raise OSError(errno.EPROTO, f"statistics end at {offset + len(data)}, not at {offset + length}")
     return data

@@ -178,8 +178,9 @@ class Vm:
 
     def create_vcpu(self, index: int) -> Vcpu:
         """vCPU `index`, which is its APIC id; the first one starts, the others wait for INIT where there is an irqchip."""
+        xsave_size = self.check(api.KVM_CAP_XSAVE2) or 4096
         fd = call(self.fd, api.KVM_CREATE_VCPU, index, f"vCPU {index}")
-        return Vcpu(fd, index, self._run_size, xsave_size=self.check(api.KVM_CAP_XSAVE2) or 4096, has_lapic=self.has_irqchip)
+        return Vcpu(fd, index, self._run_size, xsave_size=xsave_size, has_lapic=self.has_irqchip)
 
     def stats_fd(self) -> int:
         """For `stats`; the caller's to close."""
