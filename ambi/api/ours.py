@@ -57,9 +57,7 @@ def bootstrap(call: Call) -> None:
         raise InvalidRequest("suite must name a release", hint="for example suite=bookworm")
     packages = tuple(package for text in query.all("packages") for package in text.replace(",", " ").split())
     with ProgressStream(call) as progress:
-        image = call.engine.images.bootstrap(
-            suite, query.text("name") or f"debian:{suite}", packages=packages, progress=progress
-        )
+        image = call.engine.images.bootstrap(suite, query.text("name"), packages=packages, progress=progress)
         progress.line({"status": image.id})
 
 

@@ -60,6 +60,7 @@ class ImageService:
 
     def bootstrap(self, suite: str, name: str, *, packages: Sequence[str] = (), progress: ProgressSink = ignore) -> Image:
         image = self._store.bootstrap(suite, name, packages=packages, progress=progress)
+        name = name or image.names[0]
         self._event("import", image.id, name)
         self._event("tag", image.id, _shown(image, name))
         return image

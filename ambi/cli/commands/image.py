@@ -189,17 +189,17 @@ def _opened(file: str) -> Iterator[tuple[BinaryIO, int]]:
 
 @image.command("bootstrap", cls=DockerCommand)
 @flags.many("--package", "packages", metavar="NAME", help="One more package in the image.")
-@click.argument("suite", metavar="[debian:]SUITE")
+@click.argument("suite", metavar="[debian:|ubuntu:]SUITE")
 @click.argument("name", required=False, metavar="[NAME[:TAG]]")
 @pass_app
 def bootstrap(app: App, suite: str, name: str | None, packages: tuple[str, ...]) -> None:
-    """Make an image of a Debian release, as debian:bookworm, from its packages."""
-    distribution, _, release = suite.rpartition(":")
-    if distribution not in ("", "debian"):
+    """Make an image of a Debian or Ubuntu release, as debian:bookworm, from its packages."""
+    if suite.rpartition(":")[0] not in ("", "debian", "ubuntu"):
         raise InvalidRequest(
-            f"cannot bootstrap '{suite}': only Debian's releases can be", hint="ambi image bootstrap debian:bookworm"
+            f"cannot bootstrap '{suite}': only Debian's and Ubuntu's releases can be",
+            hint="ambi image bootstrap debian:bookworm",
         )
-    query = {"suite": release, "name": name or f"debian:{release}"}
+    query = {"suite": suite, "name": name or ""}
     if packages:
         query["packages"] = ",".join(packages)
     with Bar() as bar:
