@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ambi.core.deadline import Deadline
 from ambi.core.errors import AmbiError, Conflict, Forbidden, InvalidRequest, NotFound
 from ambi.core.model import Isolation
-from ambi.engine import endpoints, netfiles, netnames, publishing
+from ambi.engine import endpoints, netfiles, netnames, publishing, trees
 from ambi.engine.endpoints import SHARED, mode_of
 from ambi.engine.netstate import Endpoint
 from ambi.engine.records import Record, Run
@@ -53,10 +53,10 @@ def _check_kinds(network: Network, record: Record) -> None:
         raise InvalidRequest(
             "container sharing network namespace with another container or host cannot be connected to any other network"
         )
-    if network.name == "none" or mode == "none":
+    if network.name == "none":
         raise InvalidRequest(
             "container cannot be connected to multiple networks with one of the networks in private (none) mode",
-            hint="create it on a network, as --network bridge",
+            hint="disconnect it from its networks: it is on none then",
         )
 
 
@@ -90,7 +90,7 @@ def _plug(networks: Networks, record: Record, run: Run, network: Network, endpoi
             raise
     finally:
         os.close(netns)
-    _update_files(networks, record)
+    _update_files(networks, record, run)
 
 
 def _quietly(networks: Networks, netns: int, endpoint: Endpoint, network: Network) -> None:
@@ -115,6 +115,8 @@ def disconnect(networks: Networks, name: str, instance: str, *, force: bool) -> 
         raise InvalidRequest("container cannot be disconnected from host network or connected to host network")
     with record.lock:
         endpoint = networks.state(record).find(network.name)
+        if network.name == "none" and mode_of(record.row.spec.host) == "none" and not networks.state(record).endpoints:
+            return  # so that it may be connected to others, which it may here anyway
         if endpoint is None:
             raise Forbidden(f"container {record.id} is not connected to network {network.name}")
         run = _running(networks, record)
@@ -147,7 +149,7 @@ def _unplug(networks: Networks, record: Record, run: Run, network: Network, name
     networks.tell_names(network)
     if ports:
         publishing.publish(networks, record)
-    _update_files(networks, record)
+    _update_files(networks, record, run)
 
 
 def _move_default_route(
@@ -171,11 +173,17 @@ def _move_default_route(
     return kept
 
 
-def _update_files(networks: Networks, record: Record) -> None:
-    """A container's /etc/hosts and /etc/resolv.conf, which are files of ours, say what is so now."""
-    if record.row.isolation is Isolation.CONTAINER:
-        data = networks.data_dir(record)
-        try:
-            netfiles.rewrite(data, record.row.spec, netnames.of(networks, record))
-        except (AmbiError, OSError) as error:
-            log.warning("%s: its /etc/hosts: %s", record.id[:12], error)
+def _update_files(networks: Networks, record: Record, run: Run) -> None:
+    """The instance's /etc/hosts and /etc/resolv.conf, which are files of ours, say what is so now."""
+    data = networks.data_dir(record)
+    try:
+        files = netfiles.changed(data, record.row.spec, netnames.of(networks, record), run.files)
+        if not files:
+            return
+        if record.row.isolation is Isolation.VM:
+            trees.write_files(run.connection, files)
+        else:
+            netfiles.write(data, files)
+        run.files = {**(run.files or {}), **files}
+    except (AmbiError, OSError) as error:
+        log.warning("%s: its /etc/hosts: %s", record.id[:12], error)

@@ -78,7 +78,8 @@ def _exited(instance: Instance, values: list[str]) -> bool:
 def _network(instance: Instance, values: list[str]) -> bool:
     """By name, id or the beginning of an id."""
     mode = instance.spec.host.get("NetworkMode")
-    names = {mode} if mode in ("none", "host") else {endpoint.name for endpoint in instance.net.endpoints}
+    alone = mode == "host" or (mode == "none" and not instance.net.endpoints)
+    names = {mode} if alone else {endpoint.name for endpoint in instance.net.endpoints}
     ids = [endpoint.network for endpoint in instance.net.endpoints if endpoint.network]
     return any(value in names or any(value and id.startswith(value) for id in ids) for value in values)
 

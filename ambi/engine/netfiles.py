@@ -37,14 +37,22 @@ def build(config: Body, host: Body, net: Names | None = None) -> dict[str, str]:
     }
 
 
-def rewrite(data_dir: Path, spec: CreateSpec, net: Names) -> None:
-    """Write the files of a running container anew, in place: they are mounted in it. Those that it brought are left alone.
+def changed(data_dir: Path, spec: CreateSpec, net: Names, known: dict[str, str] | None) -> dict[str, str]:
+    """Those of our files of a running instance that say something else now, path to content; none that it brought itself.
 
-    Raises OSError. What the instance itself has written into them is lost, as with Docker.
+    known: what has been written since its start. None: nobody knows; then all of them are returned.
     """
     made = build(Body("Config", spec.config), Body("HostConfig", spec.host), net)
+    there = {str(file.path): file.content for file in LaunchPlan.load(data_dir).files}
+    was = {} if known is None else {**there, **known}
+    return {path: made[path] for path in there if path in made and made[path] != was.get(path)}
+
+
+def write(data_dir: Path, files: dict[str, str]) -> None:
+    """Write `files` of a running container anew, in place: they are mounted in it. Raises OSError. What the instance itself
+    has written into them is lost, as with Docker."""
     for number, file in enumerate(LaunchPlan.load(data_dir).files):
-        if (text := made.get(str(file.path))) is not None and text != file.content:
+        if (text := files.get(str(file.path))) is not None:
             flags = os.O_WRONLY | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
             with open(os.open(f"{data_dir}/files/{number}", flags), "w", encoding="utf-8") as output:
                 output.write(text)

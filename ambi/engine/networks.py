@@ -351,10 +351,11 @@ class Networks:
             return self._shared(mode.removeprefix(SHARED))
         if mode == "host":
             return Attachment(None, netnames.of(self, record))
-        if mode == "none":
-            netns = None if record.row.isolation is Isolation.VM else self._spare.take_now()
-            return Attachment(netns, netnames.of(self, record))
         state, netns = self.state(record), None
+        if mode == "none" and not state.endpoints:
+            # a VM gets devices for what it may be connected to by being in a namespace
+            netns = self._spare.take() if record.row.isolation is Isolation.VM else self._spare.take_now()
+            return Attachment(netns, netnames.of(self, record))
         try:
             plugged = self._allocate(record, state)
             netns = self._spare.take()

@@ -28,15 +28,17 @@ class Run:
 
     starting: a start is on its way. started: init runs or ran, and is recorded so. failed: the start failed. exit: how init
     ended, known before `gone`. recorded: so is its end. gone: the connection has ended, and what the kernel held of the
-    instance is free. looks: how often somebody has looked into the root by a shim that runs nothing.
+    instance is free. looks: how often somebody has looked into the root by a shim that runs nothing. files: what has been
+    written anew of the small files of its plan, by path; None while that is not known, of a run of an earlier engine.
     """
 
-    __slots__ = ("connection", "exit", "failed", "gone", "looks", "recorded", "started", "starting")
+    __slots__ = ("connection", "exit", "failed", "files", "gone", "looks", "recorded", "started", "starting")
 
     connection: ShimConnection
 
     def __init__(self) -> None:
         self.failed = False
+        self.files: dict[str, str] | None = {}
         self.looks = 0
         self.recorded = False
         self.starting = False

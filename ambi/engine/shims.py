@@ -105,6 +105,7 @@ class Shims:
         """Connect to the living shim of `record`, None when there is none. Raises Unsupported for one of another version."""
         core = self._core
         run = Run()
+        run.files = None
         connection = client.connect(
             record.id,
             core.roots.instance_run(record.id),

@@ -6,6 +6,7 @@ record's lock is held, so that no start comes between. A guest that was booted f
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import posixpath
@@ -87,21 +88,36 @@ def put(core: Core, id: str, path: str, chunks: Iterable[bytes], *, no_overwrite
     """Unpack the plain archive `chunks` into the directory `path`. Raises NotFound, InvalidRequest, StorageFull, ..."""
     record, wanted = core.registry.find(id), clean(path)
     with looking(core, record) as connection, _missing(id, wanted):
-        fields: dict[str, Any] = {
-            "verb": "put",
-            "path": wanted,
-            "no_overwrite_dir_non_dir": no_overwrite,
-            "copy_ids": copy_ids,
-        }
-        reader, writer = _pipe()
-        job = _Job(lambda: connection.call("tree", fds=[reader], **fields), lambda: os.close(reader))
-        try:
-            _write_all(writer, chunks)
-        finally:
-            os.close(writer)
-            job.wait()
-        job.result()
+        _put(connection, wanted, chunks, no_overwrite=no_overwrite, copy_ids=copy_ids)
     core.publish(record, "extract-to-dir")
+
+
+def write_files(connection: ShimConnection, files: dict[str, str]) -> None:
+    """Write `files` (absolute path to content) of a running instance: into what is mounted there, else as files of root's.
+
+    Raises as `put` does.
+    """
+    import tarfile
+
+    archive = io.BytesIO()
+    with tarfile.open(fileobj=archive, mode="w") as tar:
+        for path, text in files.items():
+            member = tarfile.TarInfo(path.lstrip("/"))
+            member.size = len(text.encode())
+            tar.addfile(member, io.BytesIO(text.encode()))
+    _put(connection, "/", [archive.getvalue()], no_overwrite=True, copy_ids=False)
+
+
+def _put(connection: ShimConnection, path: str, chunks: Iterable[bytes], *, no_overwrite: bool, copy_ids: bool) -> None:
+    flags: dict[str, Any] = {"no_overwrite_dir_non_dir": no_overwrite, "copy_ids": copy_ids}
+    reader, writer = _pipe()
+    job = _Job(lambda: connection.call("tree", fds=[reader], verb="put", path=path, **flags), lambda: os.close(reader))
+    try:
+        _write_all(writer, chunks)
+    finally:
+        os.close(writer)
+        job.wait()
+    job.result()
 
 
 def _write_all(fd: int, chunks: Iterable[bytes]) -> None:

@@ -323,6 +323,30 @@ def test_a_vm_is_on_networks_as_a_container_is(engine: Networked) -> None:
     assert engine.fetch("127.0.0.1", 8080) == b"vm\n"
 
 
+@pytest.mark.parametrize("runtime", ["container", "vm"])
+def test_from_no_network_to_one_and_back(engine: Networked, runtime: str) -> None:
+    """As with Docker after leaving `none`; its small files say what is so, and nothing that was."""
+    engine.ok("network", "create", "web")
+    serving(engine, "one", "--network", "web")
+    engine.ok("run", "-d", "--name", "it", "--runtime", runtime, "--network", "none", "busybox", *SERVE, "it")
+    files = ["cat", "/etc/hosts", "/etc/resolv.conf"]
+    before = engine.ok("exec", "it", *files)
+    assert engine.ok("exec", "it", "ls", "/sys/class/net") == "lo"
+    engine.ok("network", "disconnect", "none", "it")
+    engine.ok("network", "connect", "--alias", "db", "web", "it")
+    address = engine.address("it", "web")
+    until(lambda: engine.fetch(address, 80) == b"it\n", "it answers")
+    said = engine.ok("exec", "it", *files)
+    assert f"{address}\t{engine.inspect('it')['Config']['Hostname']}" in said and "nameserver 172.18.0.1" in said
+    assert engine.ok("exec", "it", "nc", "-w", "3", "one", "80") == "one"
+    assert engine.ok("exec", "one", "nc", "-w", "3", "db", "80") == "it"
+    assert engine.ok("ps", "-q", "--filter", "network=web").split()[0] == engine.inspect("it")["Id"][:12]
+    engine.ok("network", "disconnect", "web", "it")
+    assert engine.ok("exec", "it", "ls", "/sys/class/net") == "lo"
+    assert engine.ok("exec", "it", *files) == before
+    assert list(engine.inspect("it")["NetworkSettings"]["Networks"]) == ["none"]
+
+
 def test_networks_that_come_and_go_at_once(engine: Networked) -> None:
     """Their bridges are made and removed behind the answers: in the end each is as its network is."""
     engine.ok("network", "create", "first")
