@@ -56,8 +56,7 @@ def save_vcpu(vcpu: Vcpu, msr_indices: list[int]) -> State:
     """
     if vcpu.exit.exit_reason in _UNFINISHED:
         raise ValueError(f"vCPU {vcpu.index} is in the middle of an instruction: kick it, and run it until KVM_EXIT_INTR")
-    sregs = vcpu.sregs
-    if sregs.efer & EFER_SVME or sregs.cr4 & CR4_VMXE:
+    if is_hypervisor(vcpu.sregs):
         raise ValueError(f"vCPU {vcpu.index} has virtualization switched on, and guests of a guest cannot be saved")
     state: State = {"mp_state": vcpu.mp_state}  # first: asking for it may still change the others
     state["regs"] = _hex(vcpu.regs)
@@ -141,6 +140,11 @@ def restore_vm(vm: Vm, state: State, vcpus: list[Vcpu]) -> None:
         except KvmError as error:
             if error.errno != EINVAL:  # a guest that does not use kvmclock has nothing to be told
                 raise
+
+
+def is_hypervisor(sregs: s.kvm_sregs) -> bool:
+    """Has it switched AMD's SVM or Intel's VMX on?"""
+    return bool(sregs.efer & EFER_SVME or sregs.cr4 & CR4_VMXE)
 
 
 def _get_chip(vm: Vm, chip: int) -> str:

@@ -617,23 +617,6 @@ def test_damaged_state_is_refused() -> None:
             state.restore_machine(guest.vm, [vcpu], {"vcpus": [saved, saved]})
 
 
-def test_a_guest_that_is_a_hypervisor_is_not_saved() -> None:
-    with Guest() as guest:
-        vcpu = guest.protected("f4 ; hlt")
-        shown = {entry.function: entry for entry in vcpu.cpuid if not entry.index}
-        amd, intel = shown[0x80000001].ecx & 1 << 2, shown[1].ecx & 1 << 5
-        if not amd and not intel:
-            pytest.skip("this KVM shows its guests neither SVM nor VMX")
-        sregs = vcpu.sregs
-        if amd:
-            sregs.efer |= state.EFER_SVME
-        else:
-            sregs.cr4 |= state.CR4_VMXE
-        vcpu.set_sregs(sregs)
-        with pytest.raises(ValueError, match="vCPU 0 has virtualization switched on"):
-            state.save_vcpu(vcpu, [])
-
-
 # figures, capabilities, errors
 
 

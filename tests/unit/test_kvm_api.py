@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from hyper.kvm import api, structs
+from hyper.kvm import api, state, structs
 from hyper.kvm.errors import KvmError, Lacking
 from hyper.kvm.memory import set_bits
 
@@ -119,3 +119,10 @@ def test_runs_of_set_bits() -> None:
     for page in pages:
         bitmap[page // 8] |= 1 << page % 8
     assert {page for start, end in set_bits(bitmap) for page in range(start, end)} == pages
+
+
+def test_a_hypervisor_is_known_by_its_registers() -> None:
+    """AMD64 manual 2, 15.4: EFER.SVME is bit 12; Intel's manual 3, 23.7: CR4.VMXE is bit 13."""
+    assert not state.is_hypervisor(structs.kvm_sregs(efer=0xD01, cr4=0x6F0))
+    assert state.is_hypervisor(structs.kvm_sregs(efer=0x1D01, cr4=0x6F0))
+    assert state.is_hypervisor(structs.kvm_sregs(efer=0xD01, cr4=0x26F0))
