@@ -30,8 +30,8 @@ _MMIO_DATA = 40  # in kvm_run: the union is at 32, and mmio.data behind mmio.phy
 class Vcpu:
     """Made by Vm.create_vcpu. `exit` is the kvm_run that the kernel shares with us. Every call raises KvmError.
 
-    One thread runs it; the others may `kick` it. All else waits in the kernel while it runs, so a
-    descriptor for figures is made before.
+    One thread runs it; the others may `kick` it. All else waits in the kernel while it runs, so a descriptor for figures is
+    made before.
     """
 
     __slots__ = ("_ident", "_map", "_thread", "_xsave_size", "exit", "fd", "has_lapic", "index", "page")
@@ -91,8 +91,7 @@ class Vcpu:
 
     def mmio_data(self) -> memoryview:
         """Of a KVM_EXIT_MMIO: its 1 to 8 bytes; for a read to be filled before the next run."""
-        start = _MMIO_DATA
-        return self.page[start : start + self.exit.mmio.len]
+        return self.page[_MMIO_DATA : _MMIO_DATA + self.exit.mmio.len]
 
     def describe_exit(self) -> str:
         """The last exit in words, for a message: `internal_error 1 at rip 0xfff0`."""

@@ -78,27 +78,31 @@ class Chain:
     def chunks(self) -> Iterator[tuple[int, int, memoryview]]:
         """(first page, end, content) of each chunk that is not all zero, checked, ascending."""
         for number in sorted(set().union(*self._digests)):
-            yield self._chunk(number)
+            first, end, data = self._chunk(number)
+            yield first, end, memoryview(data)
 
     def check(self) -> None:
         """Read all that the layers have. Raises Corrupt."""
         for _ in self.chunks():
             pass
 
-    def content(self, number: int) -> memoryview:
-        """Chunk `number`, checked; zeros where no layer has anything."""
-        return self._chunk(number)[2]
+    def content(self, number: int) -> bytearray | None:
+        """Chunk `number`, checked; None where no layer has anything, so it is zeros."""
+        if any(number in digests for digests in self._digests):
+            return self._chunk(number)[2]
+        return None
 
-    def _chunk(self, number: int) -> tuple[int, int, memoryview]:
+    def _chunk(self, number: int) -> tuple[int, int, bytearray]:
         first = number * CHUNK
         end = min(first + CHUNK, self.top.memory_bytes // PAGE)
-        data = memoryview(bytearray((end - first) * PAGE))
+        data = bytearray((end - first) * PAGE)
+        view = memoryview(data)
         for (saved, fd), runs, digests in zip(self.layers, self._runs, self._digests, strict=True):
             if number not in digests:
                 continue
             digest = hashlib.sha256()
             for start, stop in _clip(runs, first, end):
-                piece = data[(start - first) * PAGE : (stop - first) * PAGE]
+                piece = view[(start - first) * PAGE : (stop - first) * PAGE]
                 _read_into(fd, piece, start * PAGE, saved)
                 digest.update(piece)
             if digest.digest() != digests[number]:
@@ -180,7 +184,7 @@ def _write_runs(fd: int, memory: GuestMemory, runs: list[Run]) -> list[bytes]:
 def _changed(memory: GuestMemory, number: int, total: int, parent: Chain | None) -> Iterator[Run]:
     """The pages of a chunk that differ from the parent's, or from zeros."""
     first, end = number * CHUNK, min((number + 1) * CHUNK, total)
-    before = bytes(parent.content(number)) if parent else _ZEROS[: (end - first) * PAGE]
+    before = (parent and parent.content(number)) or _ZEROS[: (end - first) * PAGE]
     now = b"".join(_bytes(memory.regions[n], at, stop - start) for start, stop, n, at in _in_regions(memory, first, end))
     if now == before:
         return
