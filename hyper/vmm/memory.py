@@ -28,6 +28,9 @@ class Mapping(Protocol):
     def view(self) -> memoryview:
         """All of it: writable, format B."""
 
+    def discard(self, offset: int, length: int) -> None:
+        """Give the pages back to the host; what they hold is lost."""
+
 
 class Buffer:
     """A Mapping over a bytearray or mmap that is not mapped into any guest. It has no address that a kernel could use."""
@@ -38,6 +41,9 @@ class Buffer:
         self.view = memoryview(data).cast("B")
         self.size = len(self.view)
         self.address = 0
+
+    def discard(self, offset: int, length: int) -> None:
+        self.view[offset : offset + length] = bytes(length)
 
 
 class BadAddress(Exception):
@@ -96,6 +102,14 @@ class GuestMemory:
         for region in self.regions:
             if region.gpa <= gpa and length >= 0 and gpa + length <= region.end and gpa < region.end:
                 return region.memory.address + gpa - region.gpa
+        raise BadAddress(gpa, length)
+
+    def discard(self, gpa: int, length: int) -> None:
+        """Give whole pages back to the host, as a balloon does. BadAddress as `view`; OSError."""
+        for region in self.regions:
+            if region.gpa <= gpa and length >= 0 and gpa + length <= region.end:
+                region.memory.discard(gpa - region.gpa, length)
+                return
         raise BadAddress(gpa, length)
 
     def read(self, gpa: int, length: int) -> bytes:

@@ -32,6 +32,9 @@ class Port(Protocol):
     def kick(self, index: int) -> None:
         """Have `notified(index)` called from the loop."""
 
+    def refresh_config(self) -> None:
+        """Show what `config()` returns now, which the driver knows of."""
+
     def config_changed(self) -> None:
         """Tell the driver that `config()` returns something else."""
 

@@ -96,6 +96,7 @@ class Transport:
             if offset >= reg.CONFIG:
                 if self._active:
                     self._guard(self.device.write_config, offset - reg.CONFIG, data)
+                    self.refresh_config()
                 return
             action = _REGISTERS.get(offset)
             if action is not None and len(data) == 4:
@@ -182,20 +183,12 @@ class Transport:
             self._words[at // 4] = value
         self._select_offered(0)
         self._select_queue(0)
-        self._put_config()
+        self.refresh_config()
         self.failure = ""
 
     def _put_status(self, value: int) -> None:
         self._status = value
         self._words[reg.STATUS // 4] = value
-
-    def _put_config(self) -> None:
-        config = self.device.config()
-        generation = self._words[reg.CONFIG_GENERATION // 4]
-        # A driver reads it before and after: it must differ for one that began before this write, and for one in its middle.
-        self._words[reg.CONFIG_GENERATION // 4] = (generation + 1) & 0xFFFFFFFF
-        self._page[reg.CONFIG : reg.CONFIG + len(config)] = config
-        self._words[reg.CONFIG_GENERATION // 4] = (generation + 2) & 0xFFFFFFFF
 
     def _start(self) -> None:
         self._active = True
@@ -291,8 +284,16 @@ class Transport:
         self.interrupts += 1
         os.eventfd_write(self._call, 1)
 
+    def refresh_config(self) -> None:
+        config = self.device.config()
+        generation = self._words[reg.CONFIG_GENERATION // 4]
+        # A driver reads it before and after: it must differ for one that began before this write, and for one in its middle.
+        self._words[reg.CONFIG_GENERATION // 4] = (generation + 1) & 0xFFFFFFFF
+        self._page[reg.CONFIG : reg.CONFIG + len(config)] = config
+        self._words[reg.CONFIG_GENERATION // 4] = (generation + 2) & 0xFFFFFFFF
+
     def config_changed(self) -> None:
-        self._put_config()
+        self.refresh_config()
         if self._status & reg.DRIVER_OK:
             self._tell_config()
 
@@ -338,7 +339,7 @@ class Transport:
             if status & reg.FEATURES_OK and not self._acceptable():
                 raise ValueError(f"features {features:#x} of a {self.device.name} device, which has {self._offered:#x}")
             self.device.restore(own)
-            self._put_config()
+            self.refresh_config()
             self._select_queue(selected & 0xFFFFFFFF)
             self._put_status(status & 0xFF)
             self.failure = str(state["failure"])

@@ -33,12 +33,16 @@ class Damaged(Exception):
 
 
 class Chain:
-    """A request: what the device may read, then what it may write, as views of guest memory. `head` names it."""
+    """A request: what the device may read, then what it may write, as views of guest memory. `head` names it.
 
-    __slots__ = ("head", "readable", "readable_bytes", "writable", "writable_bytes")
+    ranges: addresses and lengths of all of them, for a balloon, to which the guest hands its memory itself.
+    """
+
+    __slots__ = ("head", "ranges", "readable", "readable_bytes", "writable", "writable_bytes")
 
     def __init__(self, head: int) -> None:
         self.head = head
+        self.ranges: list[tuple[int, int]] = []
         self.readable: list[memoryview] = []
         self.writable: list[memoryview] = []
         self.readable_bytes = 0
@@ -133,6 +137,7 @@ class Queue:
         if not length:
             raise Damaged("a descriptor of no bytes")
         piece = self._memory.view(address, length)
+        chain.ranges.append((address, length))
         if flags & WRITE:
             chain.writable.append(piece)
             chain.writable_bytes += length
