@@ -18,13 +18,16 @@ from collections.abc import Callable, Sequence
 
 from ambi.core.loop import Loop
 from hyper.vmm.memory import Buffer, GuestMemory
+from hyper.vmm.virtio import mem
 from hyper.vmm.virtio import registers as reg
+from hyper.vmm.virtio.balloon import Balloon
 from hyper.vmm.virtio.blk import Blk
 from hyper.vmm.virtio.console import Console
 from hyper.vmm.virtio.device import Device
 from hyper.vmm.virtio.disk import Extents, File
 from hyper.vmm.virtio.mmio import Transport
 from hyper.vmm.virtio.net import Net
+from hyper.vmm.virtio.pmem import Pmem
 from hyper.vmm.virtio.queue import INDIRECT, NEXT, WRITE
 from hyper.vmm.virtio.rng import Rng
 from hyper.vmm.virtio.tap import Tap
@@ -36,6 +39,7 @@ DATA = RAM + 0x2000
 CANARY = b"\xc5" * 512
 MOST_STEPS = 64  # of the loop, until a device rests
 DISK = 64 << 10
+REGION = 1 << 30  # of the blocks that come and go
 
 
 class Quiet:
@@ -117,15 +121,38 @@ class Wire(Tap, Host):
             pass
 
 
+class Sizes(Host):
+    """What a person asks of a device of memory; its device's counters say what it did."""
+
+    def __init__(self, device: Device, *actions: Callable[[int], None]) -> None:
+        self.device, self.actions = device, actions
+
+    def act(self, what: int) -> None:
+        self.device.port.run(lambda: self.actions[what % len(self.actions)](what))  # type: ignore[attr-defined]
+
+
+class Sparse(Buffer):
+    """A region that nobody reads; giving it back costs nothing."""
+
+    __slots__ = ()
+
+    def __init__(self, size: int) -> None:
+        super().__init__(bytearray(size))
+
+    def discard(self, offset: int, length: int) -> None:
+        assert offset >= 0 and length > 0 and offset + length <= self.size
+
+
 class Bench:
     """A device that is set up anew for each program."""
 
-    def __init__(self, device: Device, host: Host) -> None:
+    def __init__(self, device: Device, host: Host, *more: tuple[int, Buffer]) -> None:
+        """more: regions of memory beside the 64 KiB."""
         self.backing = bytearray(CANARY + bytes(SIZE) + CANARY)
         self.ram = memoryview(self.backing)[len(CANARY) : -len(CANARY)]
         self.loop = Loop()
         page = memoryview(bytearray(reg.PAGE))
-        memory = GuestMemory([(RAM, Buffer(self.ram))])
+        memory = GuestMemory([(RAM, Buffer(self.ram)), *more])
         self.device, self.host = device, host
         self.transport = Transport(Quiet(), memory, page, 0, 0, device, self.loop)
         self.available = [0] * len(device.queue_sizes)
@@ -231,7 +258,7 @@ def _beginning(features: int, queues: int) -> Sequence[tuple[int, int]]:
     for queue in range(queues):
         at = RINGS + RING_BYTES * queue
         places = (at, at + 16 * ENTRIES, (at + 18 * ENTRIES + 6 + 3) & ~3)
-        steps += [(reg.QUEUE_SELECT, queue), (reg.QUEUE_SIZE, ENTRIES if queue >= 0 else 0)]
+        steps += [(reg.QUEUE_SELECT, queue), (reg.QUEUE_SIZE, ENTRIES)]
         for offset, place in zip((reg.QUEUE_DESCRIPTORS, reg.QUEUE_DRIVER, reg.QUEUE_DEVICE), places, strict=True):
             steps += [(offset, place), (offset + 4, 0)]
         steps.append((reg.QUEUE_READY, 1))
@@ -299,6 +326,28 @@ def _net_programs() -> list[bytes]:
     ]
 
 
+def _balloon_programs() -> list[bytes]:
+    pages = _memory(DATA, struct.pack("<4I", *((RAM >> 12) + 9 + n for n in (3, 1, 2, 5))))
+    return [
+        b"\0" + pages + _request(0, (DATA, 16, 0)) + _request(1, (DATA, 8, 0)),
+        b"\1" + _memory(DATA, struct.pack("<HQHQ", 4, 7, 5, 9)) + _request(2, (DATA, 20, 0)) + b"H\0" + b"H\1",
+        b"\0" + _request(3, (RAM + 0x8000, 0x2000, WRITE), (RAM + 0xC000, 0x1000, WRITE)) + b"C\4\4\1\0\0\0",
+    ]  # fmt: skip
+
+
+def _mem_programs() -> list[bytes]:
+    asks = ((0, 1, 2), (3, 0, 4), (1, 1, 1), (2, 0, 0), (0, 0, 3))
+    programs = []
+    for first in range(3):
+        program = b"\0"
+        for number, (kind, block, count) in enumerate(asks[first:] + asks[:first]):
+            at = DATA + 64 * number
+            program += _memory(at, struct.pack("<H6xQH6x", kind, REGION + block * mem.BLOCK, count))
+            program += _request(0, (at, 24, 0), (at + 32, 10, WRITE), first=2 * number)
+        programs.append(program + b"H\3")
+    return programs
+
+
 def _disk(*, layers: bool) -> Blk:
     fd = os.memfd_create("disk")
     os.ftruncate(fd, DISK)
@@ -317,6 +366,17 @@ def _net() -> Bench:
     return Bench(Net(wire, b"\2ambi\0"), wire)
 
 
+def _balloon() -> Bench:
+    balloon = Balloon()
+    return Bench(balloon, Sizes(balloon, lambda what: balloon.resize(what << 12), lambda _: balloon.ask()))
+
+
+def _mem() -> Bench:
+    device = mem.Mem(REGION, 4 * mem.BLOCK)
+    region = Sparse(4 * mem.BLOCK)
+    return Bench(device, Sizes(device, lambda what: device.resize(what * mem.BLOCK >> 2)), (REGION, region))
+
+
 _MAKERS: dict[str, tuple[Callable[[], Bench], Callable[[], list[bytes]]]] = {
     "console": (_console, _console_programs),
     "blk": (lambda: Bench(_disk(layers=False), Host()), _blk_programs),
@@ -326,6 +386,12 @@ _MAKERS: dict[str, tuple[Callable[[], Bench], Callable[[], list[bytes]]]] = {
         lambda: [b"\0" + _request(0, (DATA, 64, WRITE)) + _request(0, (DATA, 8, WRITE), (DATA, 99, WRITE), first=3)],
     ),
     "net": (_net, _net_programs),
+    "balloon": (_balloon, _balloon_programs),
+    "mem": (_mem, _mem_programs),
+    "pmem": (
+        lambda: Bench(Pmem(0x1_4000_0000, 2 << 20), Host()),
+        lambda: [b"\0" + _request(0, (DATA, 4, 0), (DATA + 8, 4, WRITE)) * 3],
+    ),
 }
 _benches: dict[str, Bench] = {}
 AGAIN_EVERY = 16

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import struct
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -14,6 +15,7 @@ from images.layers.decoder import Decoder
 from images.layers.tar import TarReader
 from images.registry import challenge
 from images.registry.client import descriptor
+from images.sbom import rpm
 from tests.layerkit import directory, hard_link, member, symlink, tar_bytes
 
 
@@ -76,6 +78,11 @@ _GOOD_CONFIG = json.dumps({
 }).encode()  # fmt: skip
 
 
+_RPM = struct.pack(
+    ">18I", 4, 17, *(63, 7, 0, 16), *(1000, 6, 0, 1), *(1003, 4, 12, 1), *(1014, 9, 4, 1)
+) + b"abc\0ISC\0pad\0\0\0\0\7\0"  # fmt: skip
+
+
 def _tars() -> list[bytes]:
     members = (
         directory("d"), member("d/f", b"x" * 600), symlink("l", "d/f"), hard_link("h", "d/f"),
@@ -95,6 +102,7 @@ TARGETS = {
         [b'Bearer realm="https://auth/token",service="s",scope="repository:a:pull"', b'Basic realm="x", Digest a=b'],
         lambda data: challenge.parse(data.decode("latin-1")),
     ),
+    "rpm header": Target([_RPM], rpm.fields),
     "tar": Target(_tars(), _tar),
     "sealed tar": Target(_tars(), _sealed_tar),
     "gzip": Target([gzip.compress(b"x" * 5000, mtime=0), gzip.compress(bytes(range(256)) * 4, mtime=0)], _gzip),

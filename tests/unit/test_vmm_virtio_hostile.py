@@ -12,7 +12,10 @@ from tests.fuzz.devices import DEVICES
 from tests.fuzz.targets import failures
 
 # Inputs for each, more where a device costs less: 100,000 in all.
-COUNTS = {"virtio console": 8000, "virtio blk": 26000, "virtio layers": 22000, "virtio rng": 24000, "virtio net": 20000}
+COUNTS = {
+    "virtio console": 7000, "virtio blk": 20000, "virtio layers": 15000, "virtio rng": 10000, "virtio net": 15000,
+    "virtio balloon": 15000, "virtio mem": 10000, "virtio pmem": 8000,
+}  # fmt: skip
 SEEDS: dict[str, tuple[int, ...]] = {}
 MOST_GROWTH = 8 << 20  # bytes that the process may grow by: the devices keep nothing of what a guest sends
 

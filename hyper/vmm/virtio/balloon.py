@@ -115,6 +115,7 @@ class Balloon(Device):
             if self._held is not None:
                 queue.push(self._held, 0)  # a driver has one; whatever this is, it gets its own back
             self._held = chain
+            self.counts["requests"] += 1
             size = min(chain.readable_bytes, MOST_STATISTICS * _STATISTIC.size) // _STATISTIC.size * _STATISTIC.size
             pairs = _STATISTIC.iter_unpack(take(chain.readable, size))
             self.statistics = {NAMES[tag]: value for tag, value in pairs if tag < len(NAMES)}
