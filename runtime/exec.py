@@ -3,7 +3,13 @@
 The helper, a child of the shim, joins the cgroups (version 1), and with its first job all namespaces of init by one setns.
 For each job it prepares a list of system calls and has them made in a child that CLONE_PARENT makes the shim's and that
 shares the helper's memory until it executes its program (ambi.linux.calls): so nothing of an interpreter is copied, and the
-helper knows how execve went. It serves jobs until its channel ends. To the shim it, and the child first, say:
+helper knows how execve went. It serves jobs until its channel ends.
+
+With version 2 the helper stays in the host's cgroup namespace, and the child joins that of init once it is born in its
+cgroup. Where cgroup2 is mounted with `nsdelegate`, as by systemd, nobody inside that namespace may bring a process in from
+outside of it: clone3 says ENOENT (cgroup_attach_permissions in the kernel's cgroup.c).
+
+To the shim the helper, and the child first, say:
 
     ("pid",)          from the child, whose pid comes with it from the kernel (SCM_CREDENTIALS)
     ("exec",)         execve has succeeded; with a terminal its master comes along
@@ -27,15 +33,8 @@ from ambi.linux import paths, process
 from ambi.linux.calls import CallFailed, Calls
 from runtime import finish, init, spawn, terminal, users
 
-_FLAGS = (
-    process.CLONE_NEWNS
-    | process.CLONE_NEWUTS
-    | process.CLONE_NEWIPC
-    | process.CLONE_NEWNET
-    | process.CLONE_NEWPID
-    | process.CLONE_NEWCGROUP
-)
-_NR_DUP2, _NR_IOCTL, _NR_SENDTO, _NR_SETSID, _NR_PRCTL, _NR_CLOSE_RANGE = 33, 16, 44, 112, 157, 436
+_FLAGS = process.CLONE_NEWNS | process.CLONE_NEWUTS | process.CLONE_NEWIPC | process.CLONE_NEWNET | process.CLONE_NEWPID
+_NR_DUP2, _NR_IOCTL, _NR_SENDTO, _NR_SETSID, _NR_PRCTL, _NR_SETNS, _NR_CLOSE_RANGE = 33, 16, 44, 112, 157, 308, 436
 _PID = marshal.dumps(("pid",))
 
 
@@ -82,10 +81,15 @@ class _Worker:
         try:
             job, fds = _read(message, fds)
             init_pidfd, *rest = fds
-            root = self._join(init_pidfd)
+            root = self._join(init_pidfd, _FLAGS if job.has_cgroup else _FLAGS | process.CLONE_NEWCGROUP)
             cgroup = rest.pop(0) if job.has_cgroup else None
             doing.append("set up the process")
-            master = self._execute(job, root, rest, cgroup, opened)
+            calls = Calls()
+            calls.add("ask to die with the shim", _NR_PRCTL, process.PR_SET_PDEATHSIG, signal.SIGKILL)
+            calls.add("tell the pid", _NR_SENDTO, self._channel.fd, _PID, len(_PID), socket.MSG_NOSIGNAL, 0, 0)
+            if job.has_cgroup:
+                calls.add("join the cgroup namespace", _NR_SETNS, init_pidfd, process.CLONE_NEWCGROUP)
+            master = self._execute(job, calls, root, rest, cgroup, opened)
             self._channel.send("exec", fds=() if master is None else (master,))
         except (AmbiError, OSError, ValueError) as error:
             self._channel.send("error", finish.explain(doing[-1], error))
@@ -94,25 +98,25 @@ class _Worker:
                 os.close(fd)
             os.chdir("/")  # a working directory would keep what is mounted there
 
-    def _join(self, init_pidfd: int) -> int:
+    def _join(self, init_pidfd: int, namespaces: int) -> int:
         if self._root is None:
             try:
-                process.setns(init_pidfd, _FLAGS)
+                process.setns(init_pidfd, namespaces)
             except ProcessLookupError:  # it has ended, and the shim does not know yet
                 raise Conflict("cannot exec in a stopped container") from None
             self._root = os.open("/", paths.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         return self._root
 
-    def _execute(self, job: Job, root: int, stdio: list[int], cgroup: int | None, opened: list[int]) -> int | None:
-        """Run it; the master of its terminal, if it has one. What is opened on the way is appended to `opened`."""
+    def _execute(
+        self, job: Job, calls: Calls, root: int, stdio: list[int], cgroup: int | None, opened: list[int]
+    ) -> int | None:
+        """Run it after `calls`; the master of its terminal, if it has one. `opened` gets what is opened on the way."""
         spec = job.spec
         identity = users.identify(root, spec["user"])
         env = finish.environment(spec, identity)
         finish.enter_directory(spec)
         path = finish.find_program(spec["args"][0], env)
-        calls, master = Calls(), None
-        calls.add("ask to die with the shim", _NR_PRCTL, process.PR_SET_PDEATHSIG, signal.SIGKILL)
-        calls.add("tell the pid", _NR_SENDTO, self._channel.fd, _PID, len(_PID), socket.MSG_NOSIGNAL, 0, 0)
+        master = None
         calls.add("make a session", _NR_SETSID, ignored=errno.EPERM)
         if spec.get("terminal"):
             master, slave = terminal.open_pair(root)

@@ -1,5 +1,7 @@
 """Fixtures of the driver conformance suite, for the tests that run inside of `scripts/kvm-lab`."""
 
+import subprocess
+
 import pytest
 
 from tests.conformance.conftest import idle, rig
@@ -12,3 +14,9 @@ def variant(request: pytest.FixtureRequest) -> tuple[str, str]:
     """(driver, form of its layers), which each module gives for itself."""
     found: tuple[str, str] = request.param
     return found
+
+
+@pytest.fixture(scope="session", autouse=True)
+def mounted_as_by_systemd() -> None:
+    """cgroup2 with systemd's flag, by which nobody in a cgroup namespace may bring a process in from outside of it."""
+    subprocess.run(["mount", "-o", "remount,nsdelegate", "/sys/fs/cgroup"], check=True)
