@@ -62,7 +62,7 @@ class VmDriver:
         problems = self.check(plan)
         if problems:
             raise Unsupported(problems[0].message, hint=problems[0].hint)
-        machine = launch.launch(backends.load(probe.host(plan.guest_dir)), plan, undo, loop)
+        machine = launch.launch(backends.load(probe.host(plan.guest_dir)), plan, undo, by, loop)
         machine.boot(by)
         return machine
 

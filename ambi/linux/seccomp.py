@@ -46,6 +46,7 @@ _ACTIONS = {
 _WITH_DATA = ("SCMP_ACT_ERRNO", "SCMP_ACT_TRACE")
 _FLAGS = {"SECCOMP_FILTER_FLAG_TSYNC": 1, "SECCOMP_FILTER_FLAG_LOG": 2, "SECCOMP_FILTER_FLAG_SPEC_ALLOW": 4}
 _SET_MODE_FILTER = 1
+_FILTER_FLAG_NEW_LISTENER = 8
 _NR_SECCOMP = 317
 
 # struct seccomp_data: nr, arch, instruction pointer, args[6]
@@ -114,11 +115,16 @@ def flags_of(profile: dict[str, Any]) -> int:
     return bits
 
 
-def load(program: bytes, flags: int = 0) -> None:
+def load(program: bytes, flags: int = 0) -> int:
     """Install `program` for the calling thread. Needs no_new_privs or CAP_SYS_ADMIN."""
     instructions = ctypes.create_string_buffer(program, len(program))
     header = struct.pack("HxxxxxxQ", len(program) // 8, ctypes.addressof(instructions))  # struct sock_fprog
-    syscall(_NR_SECCOMP, _SET_MODE_FILTER, flags, header, what="seccomp")
+    return syscall(_NR_SECCOMP, _SET_MODE_FILTER, flags, header, what="seccomp")
+
+
+def listen(program: bytes) -> int:
+    """`load`, and a descriptor by which the calls are answered that the program does not decide: seccomp_unotify(2)."""
+    return load(program, _FILTER_FLAG_NEW_LISTENER)
 
 
 def add_load(calls: Calls, program: bytes, flags: int = 0) -> None:

@@ -11,13 +11,19 @@ from hyper.vm.hardware import Hardware
 from hyper.vm.words import command_line
 
 SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
+MEMORY_PATH = "/ambi-memory"  # no file: who opens it gets the descriptor of Hardware.memory, see ambi/linux/handover.py
+BLANK = "driver=null-co,node-name={0},read-only={1},size=1048576"
 TB_SIZE_MIB = 128  # TCG's cache of translated code; its default is an eighth of the host's memory
 CPU_TCG = "qemu64,+ssse3,+sse4.1,+sse4.2,+popcnt,+cx16,+lahf-lm,+rdrand"  # x86-64-v2, which today's distributions require
 
 
 def build(qemu: str, machine: Hardware, layers: int | None = None) -> list[str]:
-    """The arguments, program first. layers: a descriptor of the VMDK that lists `machine.layers`, see vmdk.py."""
-    backing = ",memory-backend=ram" if machine.shares else ""
+    """The arguments, program first. layers: a descriptor of the VMDK that lists `machine.layers`, see vmdk.py.
+
+    A blank machine and one that goes on as its copy have the same devices in the same order.
+    """
+    memory = _memory(machine)
+    backing = ",memory-backend=ram" if memory else ""
     argv = [
         qemu, "-name", f"ambi-{machine.name[:12]}", "-nodefaults", "-no-user-config", "-no-reboot",
         "-display", "none", "-sandbox", SANDBOX,
@@ -31,9 +37,15 @@ def build(qemu: str, machine: Hardware, layers: int | None = None) -> list[str]:
         *_stream("agent", machine.agent), "-device", "virtio-serial-device,max_ports=2",
         "-device", f"virtserialport,nr=1,chardev=agent,name={PORT_NAME}",
     ]  # fmt: skip
-    if machine.shares:
-        argv += ["-object", f"memory-backend-memfd,id=ram,size={machine.memory_bytes >> 20}M,share=on"]
-    return argv + _disks(machine, layers) + _shares(machine) + _nics(machine) + _volumes(machine)
+    return argv + memory + _disks(machine, layers) + _shares(machine) + _nics(machine) + _volumes(machine)
+
+
+def _memory(machine: Hardware) -> list[str]:
+    size = f"size={machine.memory_bytes >> 20}M"
+    if machine.memory is not None:
+        shared = "on" if machine.memory.shared else "off"
+        return ["-object", f"memory-backend-file,id=ram,{size},mem-path={MEMORY_PATH},share={shared}"]
+    return ["-object", f"memory-backend-memfd,id=ram,{size},share=on"] if machine.shares else []
 
 
 def _cpu(machine: Hardware) -> list[str]:
@@ -47,6 +59,8 @@ def _stream(name: str, fd: int) -> list[str]:
 
 
 def _disks(machine: Hardware, layers: int | None) -> list[str]:
+    if machine.blank:
+        return _blank("layers", True) + _blank("disk", False)
     argv: list[str] = []
     for fd in machine.layers.fds if machine.layers else ():
         argv += ["-add-fd", f"fd={fd},set={fd}"]
@@ -68,6 +82,14 @@ def _disks(machine: Hardware, layers: int | None) -> list[str]:
     return argv
 
 
+def _blank(name: str, readonly: bool) -> list[str]:
+    """A disk without content."""
+    return [
+        "-blockdev", BLANK.format(name, "on" if readonly else "off"),
+        "-device", f"virtio-blk-device,drive={name},serial={name}",
+    ]  # fmt: skip
+
+
 def _shares(machine: Hardware) -> list[str]:
     argv: list[str] = []
     for share in machine.shares:
@@ -78,17 +100,21 @@ def _shares(machine: Hardware) -> list[str]:
 def _nics(machine: Hardware) -> list[str]:
     argv: list[str] = []
     for number, nic in enumerate(machine.nics):
-        vhost = "off" if nic.vhost is None else f"on,vhostfd={nic.vhost}"
-        argv += [
-            "-netdev", f"tap,id=nic{number},fd={nic.fd},vhost={vhost}",
-            "-device", f"virtio-net-device,netdev=nic{number},mac={nic.mac.hex(':')}",
-        ]  # fmt: skip
+        peer = ""
+        if nic.fd >= 0 and not machine.blank:
+            vhost = "off" if nic.vhost is None else f"on,vhostfd={nic.vhost}"
+            argv += ["-netdev", f"tap,id=nic{number},fd={nic.fd},vhost={vhost}"]
+            peer = f"netdev=nic{number},"
+        argv += ["-device", f"virtio-net-device,{peer}mac={nic.mac.hex(':')}"]
     return argv
 
 
 def _volumes(machine: Hardware) -> list[str]:
     argv: list[str] = []
     for volume in machine.volumes:
+        if machine.blank:
+            argv += _blank(volume.serial, False)
+            continue
         readonly = "on" if volume.readonly else "off"
         argv += [
             "-add-fd", f"fd={volume.fd},set={volume.fd}",

@@ -1,14 +1,12 @@
-"""QEMU as a back-end: its command line, its process, its monitor."""
+"""QEMU as a back-end."""
 
 from __future__ import annotations
 
-from ambi.core.errors import Unsupported
-from hyper import probe
-from hyper.qemu import argv, vmdk
+from hyper.qemu import argv
 from hyper.qemu.monitor import QemuMonitor
-from hyper.qemu.qmp import Qmp
-from hyper.vm import jail, layers
-from hyper.vm.backend import Handles
+from hyper.qemu.start import start
+from hyper.qemu.template import QemuTemplates
+from hyper.vm.backend import Handles, Place
 from hyper.vm.cgroup import Cgroup
 from hyper.vm.hardware import Hardware
 
@@ -22,23 +20,7 @@ class QemuBackend:
         return OVERHEAD_BYTES + (0 if kvm else argv.TB_SIZE_MIB << 20)
 
     def start(self, hardware: Hardware, user: int, cgroup: Cgroup, output: int, handles: Handles) -> QemuMonitor:
-        qemu = probe.find_qemu()
-        if qemu is None:
-            raise Unsupported("there is no QEMU", hint="apt-get install qemu-system-x86")
-        control, control_fd = handles.socket_pair()
-        hardware = hardware._replace(control=control_fd)
-        disk = None
-        if hardware.layers is not None:
-            disk = handles.add(layers.readable("disk of layers", vmdk.descriptor(hardware.layers.extents)))
+        return start(hardware, Place(user, cgroup, output, handles))
 
-        def prepare() -> None:
-            cgroup.join()
-            jail.enter_vmm(user, program=qemu, kvm=hardware.kvm)
-
-        try:
-            inherited = (*hardware.fds, *(() if disk is None else (disk,)))
-            child = jail.spawn(argv.build(qemu, hardware, disk), inherited, output, prepare, alone=True)
-        except BaseException:
-            control.close()
-            raise
-        return QemuMonitor(child, Qmp(control), "kvm" if hardware.kvm else "tcg")
+    def templates(self) -> QemuTemplates:
+        return QemuTemplates()

@@ -12,24 +12,25 @@ from hyper.vm.jail import Child
 class QemuMonitor:
     """Owns the QMP socket and the child."""
 
-    __slots__ = ("_accelerator", "_qmp", "child")
+    __slots__ = ("_accelerator", "_restored", "child", "qmp")
 
-    def __init__(self, child: Child, qmp: Qmp, accelerator: str) -> None:
+    def __init__(self, child: Child, qmp: Qmp, accelerator: str, *, restored: bool = False) -> None:
         self.child = child
-        self._qmp = qmp
+        self.qmp = qmp
         self._accelerator = accelerator
+        self._restored = restored
 
     def block_bytes(self, by: Deadline) -> tuple[int, int]:
-        return block_bytes(self._qmp.execute("query-blockstats", by))
+        return block_bytes(self.qmp.execute("query-blockstats", by))
 
     def inspect(self, by: Deadline) -> dict[str, Any]:
-        return {"vmm": "qemu", "accelerator": self._accelerator}
+        return {"vmm": "qemu", "accelerator": self._accelerator, "started": "template" if self._restored else "boot"}
 
     def why(self) -> str:
-        return self._qmp.why_shut_down()
+        return self.qmp.why_shut_down()
 
     def close(self) -> None:
-        self._qmp.close()
+        self.qmp.close()
 
 
 def block_bytes(stats: Any) -> tuple[int, int]:

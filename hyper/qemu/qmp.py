@@ -36,6 +36,18 @@ class Qmp:
             self._greet(by)
         return self._call(command, arguments, by)
 
+    def send_fd(self, name: str, fd: int, by: Deadline) -> None:
+        """Have QEMU keep a copy of `fd` under `name`. Raises as `execute`."""
+        if not self._negotiated:
+            self._greet(by)
+        self._call("getfd", {"fdname": name}, by, (fd,))
+
+    def wait_for(self, event: str, by: Deadline) -> None:
+        """Wait until `event` has come, be it before this call. Raises Unavailable, DeadlineExceeded."""
+        while all(found.get("event") != event for found in self.events):
+            by.check(f"QEMU's event {event}")
+            self._take(self._object(by))
+
     def _greet(self, by: Deadline) -> None:
         if "QMP" not in self._message(by):
             raise Unavailable("QEMU's monitor does not greet")
@@ -56,11 +68,15 @@ class Qmp:
                 return "".join(c for c in str(data.get("reason", "")) if c.isalnum() or c == "-")[:40]
         return ""
 
-    def _call(self, command: str, arguments: dict[str, Any], by: Deadline) -> Any:
+    def _call(self, command: str, arguments: dict[str, Any], by: Deadline, fds: tuple[int, ...] = ()) -> Any:
         request = {"execute": command, "arguments": arguments} if arguments else {"execute": command}
         try:
             self._socket.settimeout(_timeout(by))
-            self._socket.sendall(json.dumps(request).encode() + b"\n")
+            data = json.dumps(request).encode() + b"\n"
+            if fds:
+                socket.send_fds(self._socket, [data], fds)
+            else:
+                self._socket.sendall(data)
         except TimeoutError as error:
             raise DeadlineExceeded(f"QEMU did not take {command} in time") from error
         except OSError as error:
@@ -75,15 +91,18 @@ class Qmp:
     def _message(self, by: Deadline) -> dict[str, Any]:
         """The next message that is no event."""
         while True:
-            line = self._line(by)
-            try:
-                body = json.loads(line)
-            except ValueError as error:
-                raise Unavailable("QEMU's monitor does not speak JSON") from error
-            if not isinstance(body, dict):
-                raise Unavailable("QEMU's monitor does not speak QMP")
+            body = self._object(by)
             if not self._take(body):
                 return body
+
+    def _object(self, by: Deadline) -> dict[str, Any]:
+        try:
+            body = json.loads(self._line(by))
+        except ValueError as error:
+            raise Unavailable("QEMU's monitor does not speak JSON") from error
+        if not isinstance(body, dict):
+            raise Unavailable("QEMU's monitor does not speak QMP")
+        return body
 
     def _take(self, body: Any) -> bool:
         """Keep `body` if it is an event."""

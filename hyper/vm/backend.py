@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import socket
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
+from ambi.core.deadline import Deadline
 from hyper.vm.cgroup import Cgroup
 from hyper.vm.hardware import Hardware
 from hyper.vm.monitor import Monitor
@@ -36,6 +37,34 @@ class Handles:
             os.close(fd)
 
 
+class Place(NamedTuple):
+    """Where a VMM runs: its user, its cgroup, where its own words go; what keeps the descriptors for it."""
+
+    user: int
+    cgroup: Cgroup
+    output: int
+    handles: Handles
+
+
+class Templates(Protocol):
+    """How a back-end saves an idle guest and goes on from copies of it; see hyper/vm/template.py for the rest."""
+
+    def words(self, hardware: Hardware) -> tuple[str, ...]:
+        """All that a saved guest of `hardware` depends on, beside its kernel and initramfs: a copy needs the same."""
+
+    def boot(self, hardware: Hardware, place: Place, by: Deadline) -> Monitor:
+        """Start `hardware`, which is blank and has shared memory in a file."""
+
+    def save(self, monitor: Monitor, by: Deadline) -> bytes:
+        """Stop the guest for good: all of its state but for the memory, which is complete in its file."""
+
+    def restore(self, hardware: Hardware, state: bytes, place: Place, by: Deadline) -> Monitor:
+        """Start `hardware`, whose memory is a private copy, where the saved guest stopped; it runs when this returns.
+
+        Raises Unavailable, Internal (it is not to be restored), DeadlineExceeded; nothing runs then.
+        """
+
+
 class Backend(Protocol):
     """Stateless; loaded by the shim when it makes a VM."""
 
@@ -48,3 +77,6 @@ class Backend(Protocol):
         `hardware.control` is still to be made. Nothing of ours is needed by path; `handles` closes our copies afterwards.
         Raises Unsupported when the program is not there.
         """
+
+    def templates(self) -> Templates | None:
+        """None: its guests always boot."""

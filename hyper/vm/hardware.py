@@ -23,11 +23,20 @@ class Volume(NamedTuple):
 
 
 class Nic(NamedTuple):
-    """A network device: its MAC and its tap's descriptor; `vhost` is one of the kernel's back-end, or None."""
+    """A network device: its MAC and its tap's descriptor, -1 for one that is connected to nothing; `vhost` is one of the
+    kernel's back-end, or None."""
 
     mac: bytes
     fd: int
     vhost: int | None
+
+
+class Memory(NamedTuple):
+    """The guest's memory as a file of its size. shared: the guest changes the file; else a private copy, page by page, and
+    the descriptor may be one for reading only."""
+
+    fd: int
+    shared: bool
 
 
 class Hardware(NamedTuple):
@@ -39,6 +48,8 @@ class Hardware(NamedTuple):
     disk_flushes: whether a flush in the guest is one on the host, which nobody needs of a disk that is removed at the end.
     tracing: whether somebody in the guest could look into tracefs.
     tsc_khz: the host's rate. words: further ones of the kernel's command line.
+    memory: where it is not the VMM's own. blank: it becomes a template: disks, volumes and NICs are there for the guest,
+    with nothing behind them, and their descriptors are not to be touched.
     """
 
     name: str
@@ -59,15 +70,20 @@ class Hardware(NamedTuple):
     volumes: tuple[Volume, ...] = ()
     tracing: bool = True
     words: tuple[str, ...] = ()
+    memory: Memory | None = None
+    blank: bool = False
 
     @property
     def fds(self) -> tuple[int, ...]:
-        """Everything to be inherited."""
-        some = (self.kernel, self.initramfs, self.agent, self.console, self.control, self.disk)
+        """Everything to be inherited, but for the memory."""
+        always = (self.kernel, self.initramfs, self.agent, self.console, self.control)
+        if self.blank:
+            return always
         return (
-            *(fd for fd in some if fd is not None),
+            *always,
+            *(() if self.disk is None else (self.disk,)),
             *(self.layers.fds if self.layers else ()),
             *(share.fd for share in self.shares),
-            *(fd for nic in self.nics for fd in (nic.fd, nic.vhost) if fd is not None),
+            *(fd for nic in self.nics for fd in (nic.fd, nic.vhost) if fd is not None and fd >= 0),
             *(volume.fd for volume in self.volumes),
         )

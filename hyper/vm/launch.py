@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from ambi.core.deadline import Deadline
 from ambi.core.errors import Forbidden, from_os_error
 from ambi.core.loop import Loop
 from ambi.core.plan import Directory, LaunchPlan, Layers
 from ambi.core.undo import Undo
 from hyper import boot_files, probe, translate
-from hyper.vm import disk, jail, layers, nic, share
-from hyper.vm.backend import Backend, Handles
+from hyper.vm import disk, jail, layers, nic, share, template
+from hyper.vm.backend import Backend, Handles, Place
 from hyper.vm.cgroup import Cgroup, Limits
 from hyper.vm.console import Console
 from hyper.vm.hardware import Hardware, Nic, Share, Volume
@@ -23,8 +24,9 @@ TEMPLATES = "disks"  # below the guest directory
 MAX_TASKS = 512  # threads of a VMM and virtiofsd
 
 
-def launch(backend: Backend, plan: LaunchPlan, undo: Undo, loop: Loop) -> VirtualMachine:
-    """Start the VMM of `plan`; its guest is still to boot. What was made is undone by `undo`, or by the machine's delete.
+def launch(backend: Backend, plan: LaunchPlan, undo: Undo, by: Deadline, loop: Loop) -> VirtualMachine:
+    """Start the VMM of `plan`; its guest is still to boot, or is a copy of one that has. What was made is undone by `undo`,
+    or by the machine's delete.
 
     Raises NotFound (a layer, a bind's source), Unsupported, StorageFull, Forbidden.
     """
@@ -42,7 +44,8 @@ def launch(backend: Backend, plan: LaunchPlan, undo: Undo, loop: Loop) -> Virtua
         network = _network(plan, undo)
         if network:
             hardware = hardware._replace(nics=_nics(network, host, handles))
-        monitor = backend.start(hardware, jail.user_id(plan.id), cgroup, output, handles)
+        place = Place(jail.user_id(plan.id), cgroup, output, handles)
+        monitor = template.start(backend, hardware, plan.guest_dir, place, by)
         undo.add("end the VMM", lambda: _end(monitor))
         if network:
             network.close_taps()

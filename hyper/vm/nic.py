@@ -6,7 +6,8 @@ routes. The VMM has only the taps' descriptors; it stays in its own empty namesp
 
 microvm has no bus on which a device could be plugged in later. So a VM gets a few network devices more than it has
 interfaces: a device whose driver is not bound costs the guest nothing and cannot be seen in it, and binding it is what makes
-the NIC appear. Its own MAC, by which the guest finds it, is the interface's for those that are there at the start.
+the NIC appear. A device's own MAC, by which the guest finds it, says no more than its number: guests that go on as copies of
+a template have those of the template. The link's MAC is the interface's.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ SPARE = 4  # devices for interfaces that come later
 MAX_NICS = 12  # of the 24 places that microvm has for devices; shares, disks and the agent's port need some of the others
 TAP_PREFIX = "ambi-tap"
 VHOST = "/dev/vhost-net"
-SPARE_MAC = b"\x02ambi"  # and a number: locally administered, never on a wire
+DEVICE_MAC = b"\x02ambi"  # and a number: locally administered, never on a wire
 
 
 class Nic(NamedTuple):
@@ -91,10 +92,9 @@ class Network:
         wanted = len(self.nics) + SPARE
         if len(self.nics) > MAX_NICS:
             raise Unsupported(f"a virtual machine has at most {MAX_NICS} network interfaces, not {len(self.nics)}")
-        macs = [nic.mac for nic in self.nics] + [SPARE_MAC + bytes((number,)) for number in range(SPARE)]
-        for number, (fd, mac) in enumerate(zip(reserved[: min(wanted, MAX_NICS)], macs, strict=False)):
+        for number, fd in enumerate(reserved[:wanted]):
             tap.make(fd, f"{TAP_PREFIX}{number}")
-            self.devices.append(Device(mac, fd, 0))
+            self.devices.append(Device(device_mac(number), fd, 0))
         indices = {link.name: link.ifindex for link in self._route.links()}
         self.devices = [device._replace(tap=indices[f"{TAP_PREFIX}{number}"]) for number, device in enumerate(self.devices)]
 
@@ -168,6 +168,11 @@ class Network:
             self.unplug(name)
         self.close_taps()
         self._route.close()
+
+
+def device_mac(number: int) -> bytes:
+    """The own MAC of a VM's network device."""
+    return DEVICE_MAC + bytes((number,))
 
 
 def path_of(config: dict[str, object]) -> str | None:

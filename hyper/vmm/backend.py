@@ -44,6 +44,9 @@ class VmmBackend:
             raise
         return VmmMonitor(child, control)
 
+    def templates(self) -> None:
+        return None
+
 
 def configure(hardware: Hardware, kvm: int, memory: int = -1) -> Config:
     """The monitor's own words for `hardware`."""

@@ -68,7 +68,10 @@ void boot(void) {
     open_standard_streams();
     debug_enabled = command_line_has("ambi.debug");
     debug("agent up");
-    modules_load_for_devices();
+    if (command_line_has("ambi.template"))
+        modules_load_for_template();
+    else
+        modules_load_for_devices();
     debug("drivers loaded");
     mount_one("cgroup2", "/sys/fs/cgroup", MS_NOSUID | MS_NODEV | MS_NOEXEC, NULL);
     mkdir("/run", 0755);

@@ -40,7 +40,10 @@ void modules_load(const char *group) {
     }
 }
 
+enum { NETWORK = 1, BLOCK = 2, CONSOLE = 3 };
+
 static pid_t background;
+static bool disks_left; /* no driver is bound to them yet */
 
 /* Disks are read for partitions while their driver is loaded; a process of its own waits for that. */
 static void load_in_background(const char *group) {
@@ -50,12 +53,6 @@ static void load_in_background(const char *group) {
     modules_load(group);
     if (background == 0)
         _exit(0);
-}
-
-void modules_settle(void) {
-    while (background > 0 && waitpid(background, NULL, 0) < 0 && errno == EINTR)
-        ;
-    background = 0;
 }
 
 /* The type of a virtio device, as in the virtio specification, chapter 5; 0 when it is gone. */
@@ -91,8 +88,57 @@ static uint64_t present_types(void) {
     return types;
 }
 
+void modules_probe(bool automatic) {
+    if (write_file("/sys/bus/virtio/drivers_autoprobe", automatic ? "1" : "0") < 0)
+        debug("drivers_autoprobe: %s", errno_text(errno));
+}
+
+static void bind_disks(void) {
+    DIR *devices = opendir("/sys/bus/virtio/devices");
+    if (!devices)
+        return;
+    for (struct dirent *entry; (entry = readdir(devices));) {
+        if (entry->d_name[0] == '.' || type_of(entry->d_name) != BLOCK)
+            continue;
+        if (write_file("/sys/bus/virtio/drivers/virtio_blk/bind", entry->d_name) < 0)
+            debug("%s: %s", entry->d_name, errno_text(errno));
+    }
+    closedir(devices);
+}
+
+void modules_settle(void) {
+    while (background > 0 && waitpid(background, NULL, 0) < 0 && errno == EINTR)
+        ;
+    background = 0;
+    if (disks_left)
+        bind_disks();
+    disks_left = false;
+}
+
+/* Drivers that may bind at once: of everything but disks, NICs and the console. */
+static void load_others(uint64_t types) {
+    for (unsigned type = NETWORK + 1; type < 64; type++) {
+        char group[16];
+        snprintf(group, sizeof(group), "virtio:%u", type);
+        if ((types >> type & 1) && type != BLOCK && type != CONSOLE)
+            modules_load(group);
+    }
+}
+
+void modules_load_for_template(void) {
+    modules_load("mmio");
+    modules_load("virtio:3");
+    load_others(present_types());
+    modules_probe(false);
+    modules_load("virtio:1");
+    modules_load("virtio:2");
+    modules_probe(true);
+    modules_load("erofs");
+    modules_load("overlay");
+    disks_left = true;
+}
+
 void modules_load_for_devices(void) {
-    enum { NETWORK = 1, BLOCK = 2, CONSOLE = 3 };
     if (has_entries("/sys/bus/pci/devices"))
         modules_load("pci");
     modules_load("mmio");
@@ -100,12 +146,7 @@ void modules_load_for_devices(void) {
     if (types >> BLOCK & 1)
         load_in_background("virtio:2");
     modules_load("virtio:3"); /* early: the host names its ports while we load the others */
-    for (unsigned type = NETWORK + 1; type < 64; type++) { /* NICs: net.c */
-        char group[16];
-        snprintf(group, sizeof(group), "virtio:%u", type);
-        if ((types >> type & 1) && type != BLOCK && type != CONSOLE)
-            modules_load(group);
-    }
+    load_others(types); /* NICs: net.c */
     if (types >> BLOCK & 1) {
         modules_load("erofs");
         modules_load("overlay");

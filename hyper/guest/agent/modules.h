@@ -2,11 +2,18 @@
 #ifndef AGENT_MODULES_H
 #define AGENT_MODULES_H
 
+#include <stdbool.h>
+
 /* Load the modules of `group` (see initramfs.py), dependencies first, each once. Failures are left to who needs the module. */
 void modules_load(const char *group);
 /* Load the drivers of the virtio devices that are there, that of disks in the background. */
 void modules_load_for_devices(void);
-/* Wait until the disks are there. */
+/* In a guest that becomes a template: load all drivers, but bind disks and NICs to none, so that nothing of the devices it was
+ * made with is known to it. */
+void modules_load_for_template(void);
+/* Wait until the disks are there; bind those of a template. */
 void modules_settle(void);
+/* Whether a driver that is loaded binds the devices that are there (1) or leaves them alone (0). */
+void modules_probe(bool automatic);
 
 #endif

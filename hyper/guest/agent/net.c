@@ -46,18 +46,13 @@ struct wanted {
 
 /* Devices. */
 
-static void bind_devices_by_hand(bool by_hand) {
-    if (write_file(BUS "drivers_autoprobe", by_hand ? "0" : "1") < 0)
-        debug("drivers_autoprobe: %s", errno_text(errno));
-}
-
 static int load_driver(struct error *e) {
     static bool loaded;
     if (!loaded) {
         modules_settle(); /* disks find their driver by themselves */
-        bind_devices_by_hand(true);
+        modules_probe(false);
         modules_load("virtio:1");
-        bind_devices_by_hand(false);
+        modules_probe(true);
         loaded = access(BUS "drivers/virtio_net", F_OK) == 0;
     }
     return loaded ? 0 : fail(e, "Unsupported", "the guest's kernel has no driver for network devices");
