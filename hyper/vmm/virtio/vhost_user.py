@@ -43,7 +43,8 @@ class VhostUser:
     __slots__ = ("_acknowledges", "_has_owner", "_memory_fd", "_port", "_queues", "_sock")
 
     def __init__(self, sock: int, memory_fd: int) -> None:
-        self._sock = socket.socket(fileno=sock)
+        # With all three Python asks the kernel for none of them, which the filter of system calls refuses.
+        self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, fileno=sock)
         self._sock.settimeout(REPLY_S)
         self._memory_fd = memory_fd
         self._has_owner = False
