@@ -9,6 +9,7 @@ from typing import NamedTuple
 from ambi.core.loop import POLLIN, Loop
 from ambi.core.undo import Undo
 from hyper.kvm import api
+from hyper.kvm.cpuid import CpuidEntry
 from hyper.kvm.memory import Memory
 from hyper.kvm.stats import stats
 from hyper.kvm.system import Kvm
@@ -82,9 +83,9 @@ class Machine:
         self.vm.create_irqchip()
         self._add_ports()
         self._add_slots()
-        self.vcpus = Vcpus(
-            [self._make_vcpu(kvm, index) for index in range(self.config.vcpus)], self.ports, self.mmio, self._failed
-        )
+        supported = kvm.supported_cpuid()
+        vcpus = [self._make_vcpu(supported, index) for index in range(self.config.vcpus)]
+        self.vcpus = Vcpus(vcpus, self.ports, self.mmio, self._failed)
         self._stats = self._open_stats()
 
     def _open_stats(self) -> list[int]:
@@ -151,10 +152,10 @@ class Machine:
         self.mmio.add(base, layout.PAGE, transport)
         return slot
 
-    def _make_vcpu(self, kvm: Kvm, index: int) -> Vcpu:
+    def _make_vcpu(self, supported: list[CpuidEntry], index: int) -> Vcpu:
         vcpu = self.vm.create_vcpu(index)
         self._undo.add("close a vCPU", vcpu.close)
-        vcpu.set_cpuid(cpuid.for_vcpu(kvm.supported_cpuid(), index, self.config.vcpus))
+        vcpu.set_cpuid(cpuid.for_vcpu(supported, index, self.config.vcpus))
         vcpu.set_msrs(registers.msrs())
         return vcpu
 
