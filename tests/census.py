@@ -119,10 +119,10 @@ def _cgroups() -> Iterator[str]:
 def _is_foreign(group: str, mark: str) -> bool:
     """Whether a living shim or zygote of another session is above the processes of `group`; an empty one counts as ours.
 
-    tests/driverkit.py names its own after the process that tests.
+    Those of tests/driverkit.py and runtime/park.py are named after the process that made them.
     """
-    tester = re.fullmatch(r"test-(\d+)-\d+", os.path.basename(group))
-    if tester and int(tester[1]) != os.getpid() and os.path.exists(f"/proc/{tester[1]}"):
+    maker = re.fullmatch(r"(?:test|park)-(\d+)(?:-\d+)?", os.path.basename(group))
+    if maker and int(maker[1]) != os.getpid() and os.path.exists(f"/proc/{maker[1]}"):
         return True
     for _, folders, files in os.walk(group):
         if folders or "cgroup.procs" not in files:
