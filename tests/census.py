@@ -136,13 +136,16 @@ def _is_foreign(group: str, mark: str) -> bool:
 
 
 def _owner(pid: int) -> str | None:
-    """The mark of the nearest process of ours at or above `pid`, "" for one that no test started; None without such."""
+    """The mark of the nearest process at or above `pid` that has one, "" below one of ours without; None for neither."""
     needle = f"{MARK_VARIABLE}=".encode()
     while pid > 1:
         try:
+            environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+            mark = next((x[len(needle) :].decode() for x in environment if x.startswith(needle)), None)
+            if mark is not None:
+                return mark
             if Path(f"/proc/{pid}/comm").read_text().startswith("ambi-"):
-                environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-                return next((x[len(needle) :].decode() for x in environment if x.startswith(needle)), "")
+                return ""
             pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
         except OSError:
             return None
