@@ -75,6 +75,7 @@ NEEDS: dict[str, Callable[[], str | None]] = {
     "firewalld": _program("firewalld", "firewalld"),
     "iptables": _program("iptables", "iptables"),
     "runc": _program("runc", "runc"),
+    "rpm": _program("rpmbuild", "rpm"),
     "skopeo": _program("skopeo", "skopeo"),
     "podman": _program("podman", "podman"),
     "buildah": _program("buildah", "buildah"),

@@ -6,9 +6,12 @@ To start Python and to load the parsers takes fifty milliseconds, as long as the
 starts with the first worker. It ends with the engine, when its socket closes, and after a minute without a worker; in a
 process that has no open store it ends with the last worker.
 
-Requests of the engine, one at a time: `{"do": "fork", "ahead": bool}` with the worker's end of a socket, answered with
-`{"pid": of the waiter}`; `{"do": "end", "pid", "kill": bool}`, answered with `{"status": of its exit, 128 + N for signal N}`
-once it is gone. Workers that nobody asks about are reaped with the next request.
+Requests of the engine, one at a time:
+
+    {"do": "fork", "ahead": bool, "load": module or ""}, with the worker's end of a socket  -> {"pid": of the waiter}
+    {"do": "end", "pid": of a waiter, "kill": bool}    -> {"status": of its exit, 128 + N for signal N}, once it is gone
+
+Workers that nobody asks about are reaped with the next request.
 """
 
 from __future__ import annotations
@@ -50,9 +53,12 @@ class Nursery:
             self._keepers -= 1
             self._settle()
 
-    def fork(self, theirs: socket.socket, *, ahead: bool) -> int:
-        """A worker with `theirs`, which stays the caller's to close; the pid of its waiter. `leave` must follow."""
-        request = {"do": "fork", "ahead": ahead}
+    def fork(self, theirs: socket.socket, *, ahead: bool, load: str = "") -> int:
+        """A worker with `theirs`, which stays the caller's to close; the pid of its waiter. `leave` must follow.
+
+        load: a module that only this worker needs, loaded before it is jailed.
+        """
+        request = {"do": "fork", "ahead": ahead, "load": load}
         with self._changed:
             self._users += 1
             try:
@@ -179,7 +185,7 @@ def _serve(sock: socket.socket, work: Callable[..., NoReturn]) -> None:
         if request["do"] == "fork":
             pid = os.fork()
             if pid == 0:
-                work(message.fds[0], ahead=request["ahead"])
+                work(message.fds[0], ahead=request["ahead"], load=request["load"])
             children.add(pid)
             unix.send(sock, {"pid": pid})
         else:

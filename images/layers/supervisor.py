@@ -16,17 +16,17 @@ class Worker:
     """One worker process, from `with` to its end. Jobs run one after another; after an error it is gone.
 
     It starts beside the caller: the first `start` need not wait for it. ahead: it decompresses in a thread of its own, which
-    is worth it where no other worker runs.
+    is worth it where no other worker runs. load: a module that is not every worker's.
     """
 
-    def __init__(self, *, ahead: bool = False) -> None:
-        self._ahead, self._ready = ahead, False
+    def __init__(self, *, ahead: bool = False, load: str = "") -> None:
+        self._ahead, self._load, self._ready = ahead, load, False
 
     def __enter__(self) -> Worker:
         self._sock, theirs = unix.pair()
         try:
             with theirs:
-                self._pid = NURSERY.fork(theirs, ahead=self._ahead)
+                self._pid = NURSERY.fork(theirs, ahead=self._ahead, load=self._load)
         except BaseException:
             self._sock.close()
             raise

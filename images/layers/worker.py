@@ -7,6 +7,8 @@ Requests, each with two descriptors (source to read, target to write), one after
     {"do": "split"}                     -> {"ok": {}}              target: a pipe; members of an archive as frames
     {"do": "pick", "pattern", "limit"}  -> {"ok": {}}              target: a pipe; of a layer the small files whose path
                                                                   matches, and what hides files of lower layers
+    {"do": "rpm", "limit": bytes}       -> {"ok": {}}              of the bytes of an rpmdb.sqlite a frame for each package;
+                                                                  only by a worker that loaded `images.sbom.rpm`
 
 or `{"error": an error of the tree}`, after which the worker ends. A frame is four bytes of length, so much JSON, and as many
 bytes as the JSON's `data` says. Names travel as latin-1 text, which keeps any bytes.
@@ -14,6 +16,7 @@ bytes as the JSON's `data` says. Names travel as latin-1 text, which keeps any b
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import socket
@@ -34,10 +37,12 @@ from images.layers.tar import Entry, TarReader
 READ_BYTES = 256 << 10
 
 
-def serve(fd: int, *, ahead: bool) -> NoReturn:
-    """Jail this process, a child of the nursery, and do what is asked of it at `fd`. ahead: see `ahead`."""
+def serve(fd: int, *, ahead: bool, load: str) -> NoReturn:
+    """Jail this process, a child of the nursery, and do what is asked of it at `fd`. ahead: see `ahead`; load: a module."""
     status = 1
     try:
+        if load:
+            importlib.import_module(load)
         thread = Ahead() if ahead else None
         sock = socket.socket(fileno=fd)
         jail.enter(fd, thread.start if thread else None)
@@ -91,6 +96,9 @@ def _do(job: dict[str, Any], fds: list[int], thread: Ahead | None) -> dict[str, 
     if kind == "pick":
         _pick(source, FrameWriter(target), re.compile(job["pattern"].encode()), job["limit"])
         return {}
+    if kind == "rpm":
+        _rpm(source, FrameWriter(target), job["limit"])
+        return {}
     sink = ErofsWriter(target) if kind == "erofs" else OperationsSink(FrameWriter(target))
     return convert(_chunks(source), sink, job["limit"], thread.run if thread else iter)._asdict()
 
@@ -133,6 +141,19 @@ def _pick(source: int, out: FrameWriter, pattern: re.Pattern[bytes], limit: int)
             continue
         out.frame({"name": name.decode("latin-1"), "kind": kind, "data": 0})
     reader.drain()
+    out.frame({"end": True, "data": 0})
+
+
+def _rpm(source: int, out: FrameWriter, limit: int) -> None:
+    from images.sbom import rpm
+
+    database = bytearray()
+    for chunk in _chunks(source):
+        database += chunk
+        if len(database) > limit:
+            raise Unsupported(f"rpmdb.sqlite has more than {limit >> 20} MiB")
+    for fields in rpm.packages(database):
+        out.frame({**fields, "data": 0})
     out.frame({"end": True, "data": 0})
 
 

@@ -6,8 +6,9 @@ a file or link where a lower layer has a directory.
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
 from ambi.core.errors import AmbiError, Corrupt, Internal, Unsupported
@@ -22,11 +23,13 @@ if TYPE_CHECKING:
 # What `re.fullmatch` picks of a path, which has no leading slash.
 PATTERN = (
     r"var/lib/dpkg/(status|status\.d/[^/]+)|(usr/)?lib/apk/db/installed|(usr/lib|etc)/os-release"
-    r"|(usr/lib/sysimage|var/lib)/rpm/(rpmdb\.sqlite|Packages|Packages\.db)"
+    r"|(usr/lib/sysimage|var/lib)/rpm/(rpmdb\.sqlite(-wal)?|Packages|Packages\.db)"
     r"|.*\.(dist-info/METADATA|egg-info/PKG-INFO|egg-info)|(.*/)?node_modules/(@[^/]+/)?[^/@]+/package\.json"
 )
+RPM = "/rpm/rpmdb.sqlite"
 FILE_BYTES = 64 << 20
 ALL_BYTES = 256 << 20
+_PACKAGES = 100_000  # of one rpm database
 
 
 class _Layer(NamedTuple):
@@ -50,7 +53,33 @@ def read(store: Store, image: Image) -> dict[str, bytes]:
             found = {path: data for path, data in found.items() if not _is_hidden(path, layer)} | layer.files
             if sum(map(len, found.values())) > ALL_BYTES:
                 raise Unsupported(f"the package databases of {image.id} have more than {ALL_BYTES >> 20} MiB")
-    return found
+    return {path: _of_rpm(data) if path.endswith(RPM) else data for path, data in found.items()}
+
+
+def _of_rpm(database: bytes) -> bytes:
+    """An rpmdb.sqlite as lines of JSON, one a package. Raises Corrupt."""
+    lines: list[bytes] = []
+    with open(os.memfd_create("rpmdb", os.MFD_CLOEXEC), "r+b") as file, Worker(load="images.sbom.rpm") as worker:
+        file.write(database)
+        file.seek(0)
+        take, give = pipe()
+        try:
+            worker.start({"do": "rpm", "limit": FILE_BYTES}, file.fileno(), give)
+        except BaseException:
+            os.close(take)
+            raise
+        finally:
+            os.close(give)
+        try:
+            frames = FrameReader(take)
+            while (frame := frames.frame()) is not None and not frame.get("end"):
+                lines.append(json.dumps(frame).encode())
+                if frame["data"] or len(lines) > _PACKAGES:
+                    raise Corrupt("the image worker sent a frame of another form")
+        finally:
+            os.close(take)
+        worker.result()
+    return b"\n".join(lines)
 
 
 def _is_hidden(path: str, layer: _Layer) -> bool:
@@ -103,6 +132,6 @@ def _take(frames: FrameReader, layer: _Layer) -> None:
             raise Corrupt("the image worker sent a frame of another form")
 
 
-def unread(found: Sequence[str]) -> list[str]:
-    """Databases that nothing here reads: rpm's, whose libraries need librpm."""
-    return [path for path in found if "/rpm/" in path]
+def unread(found: Mapping[str, bytes]) -> list[str]:
+    """Databases that nothing here reads: rpm's forms Berkeley DB and ndb, and what SQLite had not yet written back."""
+    return sorted(path for path, data in found.items() if "/rpm/" in path and not path.endswith(RPM) and data)

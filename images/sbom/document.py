@@ -35,7 +35,7 @@ def bill_of_materials(store: Store, image: Image, form: str) -> bytes:
         raise Unsupported(f"a bill of materials cannot be written: {error}", hint=_MISSING) from error
     found = databases.read(store, image)
     name = image.names[0] if image.names else image.id
-    left = databases.unread(sorted(found))
+    left = databases.unread(found)
     comment = f"{', '.join(left)} could not be read: packages of rpm are missing" if left else ""
     write = _spdx if form == "spdx" else _cyclonedx
     return write(image, name, packages(found), comment)
@@ -55,8 +55,11 @@ def _when(image: Image) -> datetime:
 def _purl(package: Package) -> str:
     from packageurl import PackageURL
 
-    qualifiers = {"arch": package.architecture} if package.architecture else None
-    return PackageURL(package.kind, package.namespace or None, package.name, package.version, qualifiers).to_string()
+    qualifiers = {"arch": package.architecture} if package.architecture else {}
+    version = package.version
+    if package.kind == "rpm" and ":" in version:  # rpm's purl has the epoch beside the version
+        qualifiers["epoch"], _, version = version.partition(":")
+    return PackageURL(package.kind, package.namespace or None, package.name, version, qualifiers or None).to_string()
 
 
 def _spdx(image: Image, name: str, found: Sequence[Package], comment: str) -> bytes:

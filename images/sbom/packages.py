@@ -1,4 +1,4 @@
-"""Packages out of databases: dpkg's status, apk's installed, Python's METADATA, npm's package.json. All of it untrusted."""
+"""Packages out of databases: dpkg's, apk's, rpm's, Python's METADATA, npm's package.json. All of it untrusted."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _NAME_BYTES, _LICENCE_BYTES, _MAX_PACKAGES = 256, 1024, 200_000
 
 
 class Package(NamedTuple):
-    """kind: the type of its package URL, `deb`, `apk`, `pypi` or `npm`. namespace: of that URL. path: where it is told."""
+    """kind: type of its package URL, `deb`, `apk`, `rpm`, `pypi`, `npm`; namespace: of that URL. path: where it is told."""
 
     kind: str
     namespace: str
@@ -55,6 +55,8 @@ def _of(path: str, data: bytes, system: str) -> Iterator[Package]:
         return _apk(path, data, system or "alpine")
     if base == "package.json":
         return _npm(path, data)
+    if base == "rpmdb.sqlite":
+        return _rpm(path, data, system or "fedora")
     if base in ("METADATA", "PKG-INFO") or base.endswith(".egg-info"):
         return _python(path, data)
     return iter(())
@@ -91,6 +93,17 @@ def _apk(path: str, data: bytes, system: str) -> Iterator[Package]:
         yield Package(
             "apk", system, it.get("P", ""), it.get("V", ""), it.get("A", ""), it.get("L", ""), it.get("m", ""), path
         )
+
+
+def _rpm(path: str, data: bytes, system: str) -> Iterator[Package]:
+    """Of what the worker has made of the database: lines of JSON."""
+    for line in data.splitlines():
+        it = {
+            key: _text(value.encode("utf-8", "replace")) for key, value in json.loads(line).items() if isinstance(value, str)
+        }
+        if it.get("name") != "gpg-pubkey":  # keys are kept in the database as packages
+            name, version, machine = it.get("name", ""), it.get("version", ""), it.get("architecture", "")
+            yield Package("rpm", system, name, version, machine, it.get("licence", ""), it.get("supplier", ""), path)
 
 
 def _python(path: str, data: bytes) -> Iterator[Package]:

@@ -7,6 +7,8 @@ import hashlib
 import io
 import json
 import os
+import sqlite3
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -101,10 +103,66 @@ def test_documents_are_valid_and_the_same_each_time(store: Store) -> None:
         bill_of_materials(store, image, "swid")
 
 
-def test_rpm_is_named_and_not_read(store: Store) -> None:
-    image = pulled(store, tar_bytes(member("var/lib/rpm/rpmdb.sqlite", b"SQLite format 3\0")))
-    assert b"var/lib/rpm/rpmdb.sqlite could not be read" in bill_of_materials(store, image, "spdx")
-    assert b"var/lib/rpm/rpmdb.sqlite could not be read" in bill_of_materials(store, image, "cyclonedx")
+SPEC = """Name: {name}
+Version: 1.2
+Release: 3
+Epoch: {epoch}
+Summary: a test
+License: MIT and ISC
+Vendor: Ann
+BuildArch: noarch
+%description
+%files
+"""
+
+
+@pytest.mark.needs("rpm")
+def test_a_real_rpm_database(store: Store, short_tmp: Path) -> None:
+    """What rpm's own tools have built and installed, and nothing of what its older forms would hold."""
+    for name, epoch in (("first", 0), ("second", 7)):
+        (short_tmp / f"{name}.spec").write_text(SPEC.format(name=name, epoch=epoch))
+        built = ["rpmbuild", "-bb", "--quiet", "--define", f"_topdir {short_tmp}", f"{name}.spec"]
+        subprocess.run(built, check=True, cwd=short_tmp, capture_output=True)
+    found = list(short_tmp.glob("RPMS/noarch/*.rpm"))
+    argv = ["rpm", "--dbpath", f"{short_tmp}/db", "--install", "--justdb", "--nodeps", *map(str, found)]
+    subprocess.run(argv, check=True, capture_output=True)
+    data = (short_tmp / "db" / "rpmdb.sqlite").read_bytes()
+    image = pulled(
+        store,
+        tar_bytes(member("etc/os-release", b"ID=fedora\n"), member("usr/lib/sysimage/rpm/rpmdb.sqlite", data)),
+        tar_bytes(member("var/lib/rpm/Packages", b"Berkeley DB")),
+    )
+    assert named(store, image) == {("rpm", "first", "1.2-3"), ("rpm", "second", "7:1.2-3")}
+    written = bill_of_materials(store, image, "spdx")
+    document = json.loads(written)
+    purls = {ref["referenceLocator"] for package in document["packages"] for ref in package.get("externalRefs", ())}
+    assert "pkg:rpm/fedora/second@1.2-3?arch=noarch&epoch=7" in purls
+    assert b"var/lib/rpm/Packages could not be read" in written
+    assert b"rpmdb.sqlite could not" not in written
+    assert b"var/lib/rpm/Packages could not be read" in bill_of_materials(store, image, "cyclonedx")
+    assert {x.get("licenseComments") for x in document["packages"] if x["name"] == "first"} == {"declared as: MIT and ISC"}
+
+
+def _rpm_database(*headers: object, table: str = "Packages") -> bytes:
+    connection = sqlite3.connect(":memory:")
+    connection.execute(f"CREATE TABLE {table} (hnum INTEGER PRIMARY KEY, blob BLOB)")
+    connection.executemany(f"INSERT INTO {table} (blob) VALUES (?)", [(header,) for header in headers])
+    connection.commit()
+    return bytes(connection.serialize())
+
+
+@pytest.mark.parametrize(
+    "data,text",
+    [(b"SQLite format 3\0", "no SQLite database"), (_rpm_database(b"short"), "has 5 bytes"),
+     (_rpm_database("text"), "something"),
+     (_rpm_database(table="Other"), "no table of packages"), (_rpm_database(b"\xff" * 900), "cut short"),
+     (_rpm_database(b"\0\0\0\1\0\0\0\0" + bytes([0, 0, 3, 0xE8, 0, 0, 0, 6, 0, 0, 0, 9, 0, 0, 0, 1])), "beyond its 0 bytes"),
+     (_rpm_database(*[bytes(8)] * 9000)[:20000], "damaged")],
+)  # fmt: skip
+def test_hostile_rpm_databases(store: Store, data: bytes, text: str) -> None:
+    image = pulled(store, tar_bytes(member("var/lib/rpm/rpmdb.sqlite", data)))
+    with pytest.raises(Corrupt, match=text):
+        databases.read(store, image)
 
 
 def test_hostile_databases(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,8 +186,6 @@ def test_hostile_databases(store: Store, monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_a_real_status_file(store: Store) -> None:
     """Every package that this host's dpkg says is installed."""
-    import subprocess
-
     image = store.import_tar(
         io.BytesIO(tar_bytes(member("var/lib/dpkg/status", Path("/var/lib/dpkg/status").read_bytes()))), ""
     )
