@@ -12,7 +12,7 @@ from ambi.core.deadline import Deadline
 from ambi.core.errors import AmbiError, Conflict, InvalidRequest, NotFound, NotModified, Unavailable, from_os_error
 from ambi.core.model import ExitStatus, Isolation, Status
 from ambi.core.plan import LAUNCH_FILE, Layers
-from ambi.engine import diskquota, names, pausing, signals, spec
+from ambi.engine import diskquota, names, pausing, sharing, signals, spec
 from ambi.engine.core import Core
 from ambi.engine.create import RECORD_FILE, UPPER, write_record, write_whole
 from ambi.engine.mountpoints import points_of
@@ -92,6 +92,7 @@ def _start(core: Core, record: Record) -> None:
     wait_run_end(core, record)
     net = core.networks.prepare(record)
     try:
+        sharing.join(core, record, net)
         _start_on(core, record, net)
     except BaseException:
         core.networks.release(record, told=False)
@@ -119,7 +120,8 @@ def _start_on(core: Core, record: Record, net: Attachment) -> None:
     run.starting, run.failed, run.looks, record.oom_told = True, False, 0, False
     core.volumes.mounted(record)
     try:
-        answer = run.connection.call("start", fds=net.descriptors(), by=Deadline.after(START_S))
+        shared = net.namespaces
+        answer = run.connection.call("start", fds=shared.values(), namespaces=[*shared], by=Deadline.after(START_S))
     except AmbiError:
         with core.mutex:
             run.starting, run.failed = False, True

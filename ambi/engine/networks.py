@@ -57,24 +57,27 @@ def tag_of(run_root: os.PathLike[str]) -> str:
 
 
 class Attachment:
-    """What a start takes along: the network namespace, whose descriptor `close` lets go of, and the files that name it.
+    """What a start takes along: namespaces, whose descriptors `close` lets go of, and the files that name the network's.
 
-    netns: None for the host's own, and for a driver that makes one with `lo` alone.
+    netns: None for the host's own, and for a driver that makes one with `lo` alone. others: by kind, of other instances.
     """
 
-    __slots__ = ("files", "netns")
+    __slots__ = ("files", "netns", "others")
 
     def __init__(self, netns: int | None, files: netnames.Names) -> None:
         self.netns = netns
         self.files = files
+        self.others: dict[str, int] = {}
 
-    def descriptors(self) -> list[int]:
-        return [] if self.netns is None else [self.netns]
+    @property
+    def namespaces(self) -> dict[str, int]:
+        """Their descriptors by kind."""
+        return {**({} if self.netns is None else {"network": self.netns}), **self.others}
 
     def close(self) -> None:
-        if self.netns is not None:
-            os.close(self.netns)
-            self.netns = None
+        for fd in self.namespaces.values():
+            os.close(fd)
+        self.netns, self.others = None, {}
 
 
 class Networks:

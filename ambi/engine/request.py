@@ -9,6 +9,7 @@ from ambi.core.errors import InvalidRequest
 from ambi.core.model import Isolation
 from ambi.engine import endpoints, healthcheck, ports
 from ambi.engine.body import Body
+from ambi.engine.endpoints import SHARED
 from ambi.engine.types import CreateSpec
 
 RUNTIMES = {"": Isolation.CONTAINER, "container": Isolation.CONTAINER, "runc": Isolation.CONTAINER, "vm": Isolation.VM}
@@ -132,7 +133,13 @@ def _check_modes(host: Body, isolation: Isolation) -> None:
     for key, flag in flags.items():
         mode = host.text(key)
         allowed = ("", "private") if key == "CgroupnsMode" else ("", "private", "host")
-        if mode not in allowed and not (key == "IpcMode" and mode == "none"):
+        shared = key == "PidMode" and mode.startswith(SHARED) and mode != SHARED
+        if shared and isolation is Isolation.VM:
+            raise InvalidRequest(
+                f"{flag} {mode} is not possible for a VM: its processes are its guest's",
+                hint=f"leave {flag} out, or run it as a container: --isolation container",
+            )
+        if mode not in allowed and not shared and not (key == "IpcMode" and mode == "none"):
             raise InvalidRequest(f"{flag} {mode} is not supported yet", hint=f"leave {flag} out")
         if mode == "host" and isolation is Isolation.VM:
             raise InvalidRequest(

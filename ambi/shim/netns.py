@@ -1,4 +1,4 @@
-"""The network namespace of a run: taken with `start`, given to the driver as a path, handed out to later engines."""
+"""The namespaces of a run that are not its own: taken with `start`, given to the driver as paths, handed out to others."""
 
 from __future__ import annotations
 
@@ -11,38 +11,49 @@ from ambi.core.errors import InvalidRequest, NotFound, from_os_error
 from ambi.core.plan import LaunchPlan
 from ambi.linux import unix
 
-
-def taken(message: unix.Message) -> int | None:
-    """The descriptor that came with a start, None without. Raises InvalidRequest for more than one."""
-    if len(message.fds) > 1:
-        raise InvalidRequest(f"'start' wants at most one descriptor, not {len(message.fds)}")
-    return message.fds.pop() if message.fds else None
+KINDS = {"network": "net", "pid": "pid"}  # by OCI's name: the name in /proc/PID/ns
 
 
-def given(plan: LaunchPlan, fd: int | None) -> LaunchPlan:
-    """`plan` with `fd` as the path of its network namespace, by a name that is good in any process below this one too."""
-    if fd is None:
+def taken(request: dict[str, Any], message: unix.Message) -> dict[str, int]:
+    """The descriptors that came with a start, by kind: those of `namespaces`, by default the network alone.
+
+    Raises InvalidRequest for others and for more; the message still owns its descriptors then.
+    """
+    kinds = request.get("namespaces", ["network"] if message.fds else [])
+    if not isinstance(kinds, list) or not set(kinds) <= set(KINDS) or not len(kinds) == len(set(kinds)) == len(message.fds):
+        raise InvalidRequest(
+            f"'start' wants a descriptor for each of its namespaces, not {len(message.fds)} for {kinds!r:.80}"
+        )
+    found = dict(zip(kinds, message.fds, strict=True))
+    message.fds.clear()
+    return found
+
+
+def given(plan: LaunchPlan, fds: dict[str, int]) -> LaunchPlan:
+    """`plan` with `fds` as the paths of its namespaces, by names that are good in any process below this one too."""
+    if not fds:
         return plan
     linux = plan.config["linux"]
-    path = f"/proc/{os.getpid()}/fd/{fd}"
-    namespaces = [entry for entry in linux.get("namespaces") or () if entry.get("type") != "network"]
-    namespaces.append({"type": "network", "path": path})
+    namespaces = [entry for entry in linux.get("namespaces") or () if entry.get("type") not in fds]
+    namespaces += [{"type": kind, "path": f"/proc/{os.getpid()}/fd/{fd}"} for kind, fd in fds.items()]
     return plan._replace(config={**plan.config, "linux": {**linux, "namespaces": namespaces}})
 
 
-def opened(fd: int | None, pid: int | None) -> int:
+def opened(kind: str, fd: int | None, pid: int | None) -> int:
     """A descriptor of the namespace `fd`, or of the one that process `pid` of a container is in. The caller closes it.
 
-    pid: None where it is a guest's. Raises NotFound when there is neither.
+    pid: None where it is a guest's. Raises NotFound when there is neither, InvalidRequest.
     """
+    if kind not in KINDS:
+        raise InvalidRequest(f"no namespace of kind {kind!r:.40} is handed out")
     if fd is not None:
         return os.dup(fd)
     if pid is None:
-        raise NotFound("the instance has no network namespace")
+        raise NotFound(f"the instance has no {kind} namespace")
     try:
-        return os.open(f"/proc/{pid}/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+        return os.open(f"/proc/{pid}/ns/{KINDS[kind]}", os.O_RDONLY | os.O_CLOEXEC)
     except OSError as error:
-        raise from_os_error("the instance has no network namespace", error) from error
+        raise from_os_error(f"the instance has no {kind} namespace", error) from error
 
 
 def plug(created: Created, name: str, by: Deadline) -> None:

@@ -63,7 +63,7 @@ class Shim:
         self._phase = "new"  # then "running", "ended"
         self._driver = driver
         self._created: Created | None = None
-        self._netns: int | None = None  # the network namespace that `start` came with: held until we end
+        self._namespaces: dict[str, int] = {}  # what `start` came with, by kind: held until we end
         self._hub = Hub(loop, spec.data_dir, terminal=False, stdin_once=False)
         self._hub.on_detach = lambda: self.control.event({"event": "detach", "exec_id": None})
         self._waits = Understudies(loop)
@@ -118,7 +118,7 @@ class Shim:
             raise Conflict(f"instance {self.spec.id[:12]} has been started already")
         self._browser.close()
         by = Deadline.after(_seconds(request, START_SECONDS))
-        self._netns = netns.taken(request.message)
+        self._namespaces = netns.taken(request.body, request.message)
         try:
             pid = self._launch(by)
         except BaseException:
@@ -133,7 +133,7 @@ class Shim:
         return {"pid": pid}
 
     def _launch(self, by: Deadline) -> int:
-        plan = netns.given(LaunchPlan.load(Path(self.spec.data_dir)), self._netns)
+        plan = netns.given(LaunchPlan.load(Path(self.spec.data_dir)), self._namespaces)
         supervision = plan.supervision
         terminal = bool((plan.config.get("process") or {}).get("terminal"))
         self._hub.terminal, self._hub.stdin_once = terminal, supervision.stdin_once
@@ -281,9 +281,10 @@ class Shim:
         request.answer({"ends": self.done})
 
     def netns(self, request: Request) -> None:
-        """The network namespace of the instance, a descriptor of which goes with the answer."""
+        """A namespace of the instance, a descriptor of which goes with the answer."""
         pid = self._running().init.pid if self.spec.isolation == "container" else None
-        fd = netns.opened(self._netns, pid)
+        kind = request.body.get("kind", "network")
+        fd = netns.opened(kind, self._namespaces.get(kind), pid)
         try:
             request.answer({}, [fd])
         finally:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -195,6 +196,22 @@ def test_ports_are_published_named_and_free_again(engine: Networked) -> None:
     engine.ok("stop", "-t", "0", "one")
     engine.ok("run", "--rm", "-p", "8080:80", "-p", "8100:80", "busybox", "true")
     assert engine.fetch(gateway, 8080) == b""
+
+
+def test_processes_of_another_container(engine: Networked) -> None:
+    """`--pid container:NAME`, also of one that shares itself: seen and signalled, and gone with the first one's init."""
+    engine.ok("run", "-d", "--name", "one", "busybox", "sleep", "1234")
+    engine.ok("run", "-d", "--name", "two", "--pid", "container:one", "busybox", "sleep", "1235")
+    seen = engine.ok("run", "--rm", "--pid", "container:two", "busybox", "ps", "-o", "pid,args")
+    assert re.search(r"^ +1 sleep 1234$", seen, re.MULTILINE) and "sleep 1235" in seen
+    assert "sleep 1234" in engine.ok("exec", "two", "ps", "-o", "args")
+    engine.ok("rm", "-f", "two")
+    assert engine.ok("exec", "one", "ps", "-o", "args").count("sleep") == 1
+    engine.ok("run", "-d", "--name", "two", "--pid", "container:one", "busybox", "sleep", "1235")
+    engine.ok("kill", "one")
+    assert engine.ok("wait", "two") == "137"
+    assert "cannot join PID of a non running container" in engine.refused("start", "two")
+    assert "No such container" in engine.refused("run", "--rm", "--pid", "container:nobody", "busybox", "true")
 
 
 def test_connect_and_disconnect_while_it_runs(engine: Networked) -> None:
