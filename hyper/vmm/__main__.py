@@ -95,7 +95,7 @@ def _open(path: str, flags: int) -> int:
     try:
         return os.open(path, flags | os.O_CLOEXEC)
     except OSError as error:
-        raise from_os_error("cannot run the machine", error) from error
+        raise from_os_error("cannot open a file", error) from error
 
 
 def _bytes(text: str) -> int:

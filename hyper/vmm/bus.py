@@ -7,7 +7,7 @@ is an exit that somebody could do without.
 from __future__ import annotations
 
 from bisect import bisect_right
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 MAX_UNOWNED = 256  # addresses counted one by one; a guest that tries them all must not make us grow
 
@@ -21,44 +21,49 @@ class Device(Protocol):
     def write(self, offset: int, data: bytes) -> None: ...
 
 
+class _Map(NamedTuple):
+    """Bases, ascending, and for each the end and the device."""
+
+    bases: tuple[int, ...]
+    devices: tuple[tuple[int, Device], ...]
+
+
 class Bus:
     """One for ports and one for MMIO. `unowned` counts accesses to nothing by their address, at most MAX_UNOWNED of them;
-    `unowned[-1]` are the others."""
+    `unowned[-1]` are the others. A device may come while vCPUs run."""
 
-    __slots__ = ("_bases", "_devices", "unowned")
+    __slots__ = ("_map", "unowned")
 
     def __init__(self) -> None:
-        self._bases: list[int] = []
-        self._devices: list[tuple[int, Device]] = []  # end and device, in the order of _bases
+        self._map = _Map((), ())  # replaced as a whole: a vCPU's thread sees the old one or the new one
         self.unowned: dict[int, int] = {}
 
     def add(self, base: int, size: int, device: Device) -> None:
         """Give [base, base + size) to `device`. ValueError when some of it is taken."""
-        at = bisect_right(self._bases, base)
-        if (
-            size <= 0
-            or (at and self._devices[at - 1][0] > base)
-            or (at < len(self._bases) and self._bases[at] < base + size)
-        ):
+        bases, devices = self._map
+        at = bisect_right(bases, base)
+        if size <= 0 or (at and devices[at - 1][0] > base) or (at < len(bases) and bases[at] < base + size):
             raise ValueError(f"{base:#x} to {base + size:#x} is taken, or empty")
-        self._bases.insert(at, base)
-        self._devices.insert(at, (base + size, device))
+        entry = (base + size, device)
+        self._map = _Map((*bases[:at], base, *bases[at:]), (*devices[:at], entry, *devices[at:]))
 
     def read(self, address: int, length: int) -> bytes:
-        at = bisect_right(self._bases, address) - 1
+        bases, devices = self._map
+        at = bisect_right(bases, address) - 1
         if at >= 0:
-            end, device = self._devices[at]
+            end, device = devices[at]
             if address + length <= end:
-                return device.read(address - self._bases[at], length)
+                return device.read(address - bases[at], length)
         self._count(address)
         return b"\xff" * length
 
     def write(self, address: int, data: bytes) -> None:
-        at = bisect_right(self._bases, address) - 1
+        bases, devices = self._map
+        at = bisect_right(bases, address) - 1
         if at >= 0:
-            end, device = self._devices[at]
+            end, device = devices[at]
             if address + len(data) <= end:
-                device.write(address - self._bases[at], data)
+                device.write(address - bases[at], data)
                 return
         self._count(address)
 

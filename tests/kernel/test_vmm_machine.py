@@ -6,6 +6,8 @@ import fcntl
 import os
 import socket
 import struct
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -19,7 +21,7 @@ from ambi.core.loop import Loop
 from hyper.vmm import console, layout
 from hyper.vmm.config import Config
 from hyper.vmm.machine import Ending, Machine
-from tests.monitorkit import POWER_OFF, RESET, SPIN, TRIPLE_FAULT, out, raw_kernel, say
+from tests.monitorkit import POWER_OFF, RESET, ROOT, SPIN, TRIPLE_FAULT, out, raw_kernel, say
 
 pytestmark = pytest.mark.needs("kvm-device")
 
@@ -200,3 +202,23 @@ def test_a_monitor_ends_with_its_driver(rig: Rig) -> None:
         while os.waitpid(pid, os.WNOHANG) == (0, 0):
             assert not by.expired()
             time.sleep(0.01)
+
+
+@pytest.mark.parametrize(
+    "arguments,words",
+    [
+        (["--kernel", "/nowhere/vmlinux"], "/nowhere/vmlinux: No such file"),
+        (["--kernel", "/etc/passwd"], "neither a bzImage nor an ELF file"),
+        (["--kernel", "/etc/passwd", "--cpus", "17"], "17 CPUs: 1 to 16 are possible\nhint: for example --cpus 16"),
+        (["--kernel", "/etc/passwd", "--memory", "32M"], "32 MiB of memory, but 64 MiB to 1024 GiB"),
+        (
+            ["--kernel", "/etc/passwd", "--memory", "a lot"],
+            "'a lot' is no amount of memory\nhint: for example --memory 256M",
+        ),
+    ],
+)
+def test_the_command_says_what_is_wrong(arguments: list[str], words: str) -> None:
+    argv = [sys.executable, "-m", "hyper.vmm", *arguments]
+    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 125 and words in done.stderr and "Traceback" not in done.stderr, done.stderr
+    assert done.stderr.startswith("cannot run the machine: ")

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import random
 
 import pytest
 
 from ambi.core.loop import Loop
 from hyper.vmm import console
+from hyper.vmm.bus import Bus
 from hyper.vmm.pci import ConfigPorts
 from hyper.vmm.power import ResetLine, SleepControl
 from hyper.vmm.uart import IER, IIR_FCR, LCR, LSR, MCR, MSR, RX_TX, SCRATCH, Uart
@@ -122,6 +124,26 @@ def test_only_a_pulse_resets() -> None:
     line.write(4, b"\xfe")
     assert pulses == [1]
     assert line.read(4, 1) == b"\1", "not busy: a kernel that resets does not wait"
+
+
+def test_whatever_a_guest_does_to_its_ports(line: Line) -> None:
+    """100,000 accesses of any size and value: answers of the right length, state of the right width, and no interrupt that
+    nobody enabled."""
+    seed = random.randrange(1 << 32)
+    dice = random.Random(seed)
+    bus, calls = Bus(), list[int]()
+    bus.add(0x3F8, 8, line.uart)
+    bus.add(0x60, 5, ResetLine(lambda: calls.append(1)))
+    bus.add(0x600, 2, SleepControl(lambda: calls.append(2)))
+    bus.add(0xCF8, 8, ConfigPorts())
+    bases = (0x3F8, 0x3F8, 0x60, 0x600, 0xCF8)
+    for _ in range(50_000):
+        address, size = dice.choice(bases) + dice.randrange(9), dice.choice((1, 1, 2, 4))
+        bus.write(address, dice.randbytes(size))
+        assert len(bus.read(dice.choice(bases) + dice.randrange(9), size)) == size, seed
+    state = line.uart.save()
+    assert all(0 <= state[name] <= 0xFF for name in ("ier", "lcr", "mcr", "scratch")), seed
+    assert state["divisor"] <= 0xFFFF and set(calls) == {1, 2}
 
 
 def test_pci_is_there_and_empty() -> None:
