@@ -240,6 +240,22 @@ def test_no_disk_behind_it_yet(image: Path) -> None:
     guest.close()
 
 
+@pytest.mark.parametrize("other", [False, True])
+def test_restored_on_another_disk(guest: Guest, image: Path, other: bool) -> None:
+    """A driver that is restored learns that the size has changed, and is left alone when it has not."""
+    state = guest.transport.save()
+    if other:
+        os.truncate(image, 2 * SIZE)
+    restored = Guest(Blk(File(opened(image)), "disk"), ram=guest.backing)
+    restored.transport.restore(state)
+    restored.transport.resume()
+    assert restored.interrupted() and restored.read(reg.INTERRUPT_STATUS) == (3 if other else 1)
+    restored.rings, restored.features = guest.rings, guest.features
+    restored.turn()
+    assert restored.read_disk(5, 512) == sector(5)
+    restored.close()
+
+
 def test_request_without_room_or_header(guest: Guest) -> None:
     guest.rings[0].add([guest.readable(struct.pack("<IIQ", IN, 0, 0))])
     guest.kick(0)

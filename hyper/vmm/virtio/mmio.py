@@ -67,6 +67,7 @@ class Transport:
         self._lock = threading.Lock()
         self._offered = reg.F_VERSION_1 | device.features
         self._active = False
+        self._untold = False  # a restored driver knows another configuration
         self._status = self._features = self._feature_word = self._selected = 0
         self._watched: set[int] = set()  # the device's own descriptors
         self._call = os.eventfd(0, _EVENT)
@@ -317,6 +318,7 @@ class Transport:
             return {
                 "device": self.device.device_id, "status": self._status, "features": self._features,
                 "feature_word": self._feature_word, "selected": self._selected, "failure": self.failure,
+                "untold": self._words[reg.INTERRUPT_STATUS // 4] != reg.USED_BUFFER, "config": self.device.config().hex(),
                 "queues": [slot.save() for slot in self._slots],
                 "state": self.device.save(),
             }  # fmt: skip
@@ -343,17 +345,23 @@ class Transport:
             self._select_queue(selected & 0xFFFFFFFF)
             self._put_status(status & 0xFF)
             self.failure = str(state["failure"])
+            self._untold = state.get("untold") is True or state.get("config") != self.device.config().hex()
             if status & reg.DRIVER_OK and not status & reg.NEEDS_RESET:
                 self._start()
 
     def resume(self) -> None:
-        """Go on after `save` or `restore`: every queue is looked at, and the interrupt is raised that may have been owed."""
+        """Go on after `save` or `restore`: every queue is looked at, and the interrupt is raised that may have been owed,
+        with news of the configuration if what is behind the device is not what it was."""
         with self._lock:
             if self._active:
                 self._guard(self.device.resume)
             self._kick_all()
             if self._status & reg.DRIVER_OK:
-                self.interrupt()
+                if self._untold:
+                    self._tell_config()
+                else:
+                    self.interrupt()
+            self._untold = False
 
     def close(self) -> None:
         """Stop the device and let go of everything. Idempotent."""
