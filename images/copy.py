@@ -7,7 +7,8 @@
 
 Nothing is unpacked, and between registries nothing is written to the disk: a blob goes through memory in pieces and is
 hashed on its way, one that the target has is left out, one of the same registry is mounted. Layers of an archive wait in
-the ingest directory, for its list of contents may be its last member. Of an index the manifest for linux/amd64 is copied.
+the ingest directory, for its list of contents may be its last member. Of an index the manifest for linux/amd64 is copied,
+with what refers to it where both places are registries.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, Protocol
 
 from ambi.core.errors import AmbiError, Corrupt, InvalidRequest, NotFound
 from ambi.core.events import Progress, ProgressSink, ignore
-from images import archive, manifest, pull, reference, save
+from images import archive, manifest, pull, reference, referrers, save
 from images.content import Ingest, digest_of, parse_json
 from images.database import LayerRow
 from images.layers.decoder import compression_of
@@ -335,6 +336,10 @@ def _to_registry(source: Source, repository: Repository, progress: ProgressSink)
         result.result()
     _send(source, repository, config, froms, tell)
     repository.put_manifest(goal.tag or goal.digest, source.document.data, source.document.media_type)
+    if isinstance(source, _FromRegistry):
+        referrers.copy(
+            source.repository, repository, source.document.digest, lambda blob: _send(source, repository, blob, froms, tell)
+        )
     return Copied(source.document.digest)
 
 

@@ -23,6 +23,7 @@ _SCHEMA_1 = "application/vnd.docker.distribution.manifest.v1"
 MANIFEST_BYTES = 4 << 20  # what the specification asks registries to take
 DOCUMENT_BYTES = 16 << 20
 _TAG_PAGES = 1000
+_REFERRER_PAGES = 20
 
 
 class Document(NamedTuple):
@@ -137,6 +138,27 @@ class Repository:
             target = urljoin(target, link[link.find("<") + 1 : link.find(">")]) if 'rel="next"' in link else ""
         return found
 
+    def referrers(self, digest: str) -> list[dict[str, Any]]:
+        """Descriptors of the manifests whose subject is `digest`, by the registry's list or the tag that stands for one."""
+        found: list[dict[str, Any]] = []
+        target, what = f"{self._path}/referrers/{digest}", f"list of referrers of {digest} in {self.name}"
+        for _ in range(_REFERRER_PAGES):
+            response = self._request("GET", target, headers={"Accept": MANIFEST_TYPES[0]})
+            if response.status != 200:
+                refused = refusal(response)
+                if refused.status >= 500:
+                    raise error_of(f"cannot get the {what}", refused)
+                break
+            link = response.headers.get("Link") or ""
+            found += _manifests(parse_json(_read(response, MANIFEST_BYTES, what), what))
+            if 'rel="next"' not in link:
+                return found
+            target = urljoin(target, link[link.find("<") + 1 : link.find(">")])
+        try:
+            return found or _manifests(self.manifest(digest.replace(":", "-", 1)).body)
+        except NotFound:
+            return []
+
     # What is sent
 
     def has_blob(self, digest: str) -> bool:
@@ -174,12 +196,14 @@ class Repository:
             raise self._push_denied(f"cannot push {digest} to {self.name}", response)
         response.close()
 
-    def put_manifest(self, name: str, data: bytes, media_type: str) -> None:
+    def put_manifest(self, name: str, data: bytes, media_type: str) -> str:
+        """The digest of its subject, from a registry that lists referrers itself; else ""."""
         target = f"{self._path}/manifests/{quote(name, safe=':')}"
         response = self._request("PUT", target, headers={"Content-Type": media_type}, body=data)
         if response.status not in (200, 201):
             raise self._push_denied(f"cannot push the manifest of {self.name}:{name}", response)
         response.close()
+        return response.headers.get("OCI-Subject") or ""
 
     def _base(self) -> str:
         return self.transport.base + self._path
@@ -211,6 +235,11 @@ def descriptor(body: object, what: str) -> Descriptor:
         ):  # fmt: skip
             return Descriptor(kind, digest, size, tuple(x for x in urls if isinstance(x, str) and x.startswith("https://")))
     raise Corrupt(f"{what} is damaged: it has no media type, sha256 digest and size")
+
+
+def _manifests(index: dict[str, Any]) -> list[dict[str, Any]]:
+    listed = index.get("manifests")
+    return [entry for entry in listed if isinstance(entry, dict)] if isinstance(listed, list) else []
 
 
 def _read(response: Response, limit: int, what: str) -> bytes:

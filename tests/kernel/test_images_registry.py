@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from ambi.core.errors import AmbiError, Conflict, Corrupt, Forbidden, InvalidRequest, NotFound, Unavailable, Unsupported
-from images import copy
+from images import copy, pull, reference, referrers
 from images.registry.settings import Credentials
 from images.store import Image, Store
 from tests.layerkit import directory, member, tar_bytes
@@ -537,6 +537,60 @@ def test_copies_between_places(store: Store, other: Store, registry: FaultyRegis
                 ["skopeo", "inspect", f"{kind}:{short_tmp}/a.tar"], capture_output=True, text=True, check=False
             )
             assert done.returncode == 0, done.stderr
+
+
+def _referrer(registry: FaultyRegistry, subject: dict[str, Any], kind: str, text: bytes) -> dict[str, Any]:
+    """The descriptor of an artifact of `text` about `subject`, as the registry would list it."""
+    empty = {"mediaType": "application/vnd.oci.empty.v1+json", **registry.add_blob(b"{}")}
+    manifest = {
+        "schemaVersion": 2, "mediaType": "application/vnd.oci.image.manifest.v1+json", "artifactType": kind,
+        "config": empty, "layers": [{"mediaType": kind, **registry.add_blob(text)}], "subject": subject,
+    }  # fmt: skip
+    return {**registry.add_manifest(manifest, kind.rpartition("/")[2]), "artifactType": kind}
+
+
+def test_copies_keep_what_refers_to_an_image(store: Store, registry: FaultyRegistry, short_tmp: Path) -> None:
+    """A bill of materials and its signature, from a registry that lists them to one that wants a tag, and from there on."""
+    registry.add_image([layer(1)])
+    media_type, data = registry.manifests["1"]
+    top: dict[str, Any] = {
+        "mediaType": media_type,
+        "digest": "sha256:" + hashlib.sha256(data).hexdigest(),
+        "size": len(data),
+    }
+    bill = _referrer(registry, top, "application/bill", b"libc6")
+    signature = _referrer(registry, bill, "application/signature", b"by Ann")
+    stranger = _referrer(registry, signature, "application/stranger", b"about another")
+    lists = {top["digest"]: [bill, stranger], bill["digest"]: [signature]}
+
+    def fault(method: str, path: str, headers: dict[str, str]) -> Answer | None:
+        digest = path.rpartition("/referrers/")[2]
+        if "/referrers/" not in path:
+            return None
+        body = {"schemaVersion": 2, "mediaType": referrers.INDEX, "manifests": lists.get(digest, [])}
+        return 200, {"Content-Type": referrers.INDEX}, json.dumps(body).encode()
+
+    registry.fault = fault
+    with docker_registry(short_tmp / "registry") as address:
+        source = f"docker://{registry.address}/app:1"
+        for name in ("one", "two"):
+            copy.copy(store, source, f"docker://{address}/{name}:1", credentials={})
+            copy.copy(store, source, f"docker://{address}/{name}:1", credentials={})  # they are not listed twice
+            for subject, wanted in ((top, bill), (bill, signature)):
+                tag = referrers.fallback_tag(subject["digest"])
+                index = pull.describe(reference.parse(f"{address}/{name}:{tag}"), Credentials())
+                assert index.body["manifests"] == [wanted]
+                found = pull.describe(reference.parse(f"{address}/{name}@{wanted['digest']}"), Credentials())
+                assert found.body["subject"] == subject
+            assert store.pull(f"{address}/{name}:1").image.manifest == top["digest"]
+            with pytest.raises(NotFound, match="manifest unknown"):
+                pull.describe(reference.parse(f"{address}/{name}@{stranger['digest']}"), Credentials())
+            source = f"docker://{address}/one:1"
+        with pytest.raises(Unsupported, match="a layer of type 'application/bill', not a file system"):
+            store.pull(f"{address}/one@{bill['digest']}")
+    lists[top["digest"]] = [{**bill, "digest": "sha256:../../x"}]
+    with docker_registry(short_tmp / "third") as address, pytest.raises(Corrupt, match="list of referrers of"):
+        copy.copy(store, f"docker://{registry.address}/app:1", f"docker://{address}/x:1", credentials={})
 
 
 def test_refused_copies_leave_nothing(store: Store, registry: FaultyRegistry, short_tmp: Path) -> None:
