@@ -6,6 +6,7 @@ The reference extracts each layer with GNU tar and applies whiteouts over values
 
 from __future__ import annotations
 
+import platform
 import subprocess
 from collections import Counter
 from collections.abc import Callable
@@ -36,10 +37,12 @@ def cake(probe: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, l
 @pytest.fixture(scope="module")
 def debian(probe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A real Debian root as mmdebstrap writes it, with the probe added as one more file."""
-    from images.bootstrap import apt_sources
+    from images import distributions
 
     target = tmp_path_factory.mktemp("debian") / "debian.tar"
-    argv = ["mmdebstrap", "--variant=minbase", "--mode=root", "bookworm", str(target), *apt_sources("bookworm")[0]]
+    suite = platform.freedesktop_os_release()["VERSION_CODENAME"]  # the host's, which its apt knows
+    lines = distributions.sources(distributions.DEBIAN, suite).lines
+    argv = ["mmdebstrap", "--variant=minbase", "--mode=root", suite, str(target), *lines]
     subprocess.run(argv, check=True, capture_output=True)
     subprocess.run(["tar", "-rf", target, "--transform", "s,^,./bin/,", "-C", probe.parent, probe.name], check=True)
     return target
