@@ -23,11 +23,10 @@ from hyper.vmm.virtio.vhost import Vhost
 F_CSUM, F_GUEST_CSUM, F_MAC = 1 << 0, 1 << 1, 1 << 5
 F_GUEST_TSO4, F_GUEST_TSO6, F_GUEST_ECN = 1 << 7, 1 << 8, 1 << 9
 F_HOST_TSO4, F_HOST_TSO6, F_HOST_ECN = 1 << 11, 1 << 12, 1 << 13
-F_MRG_RXBUF, F_STATUS = 1 << 15, 1 << 16
+F_MRG_RXBUF = 1 << 15
 OFFLOADS = F_CSUM | F_GUEST_CSUM | F_GUEST_TSO4 | F_GUEST_TSO6 | F_GUEST_ECN | F_HOST_TSO4 | F_HOST_TSO6 | F_HOST_ECN
 
 RECEIVE, TRANSMIT = 0, 1
-LINK_UP = 1
 MAX_FRAME = HEADER_BYTES + 65535 + 14 + 4  # the largest segment, with an Ethernet header and a VLAN's
 BATCH = 64  # frames of one turn
 MAX_PIECES = 1024  # IOV_MAX
@@ -50,15 +49,15 @@ class Net(Device):
         self._mac = mac
         self._vhost = vhost
         backend = RING_FEATURES | F_MRG_RXBUF
-        self.features = F_MAC | F_STATUS | OFFLOADS | (backend & vhost.features if vhost else backend)
+        # There is no link status to ask for: Linux would have the carrier off at first, and on only after it has asked.
+        self.features = F_MAC | OFFLOADS | (backend & vhost.features if vhost else backend)
         self._active = False
         self._features = 0
-        self._up = True
         self._running = False  # vhost has the tap
         self._hand = ByHand(self)
 
     def config(self) -> bytes:
-        return _CONFIG.pack(self._mac, LINK_UP * self._up, 1, 0)
+        return _CONFIG.pack(self._mac, 0, 1, 0)
 
     def attach(self, tap: Tap, vhost: Vhost | None = None) -> None:
         """Put it on `tap`, as a machine from a template needs that has come up without. Through Transport.run.
@@ -72,12 +71,6 @@ class Net(Device):
             self._hand.stop()
             self._offload(tap)
             self.resume()
-
-    def set_link(self, *, up: bool) -> None:
-        """Tell the guest whether there is a cable. Through Transport.run."""
-        if up != self._up:
-            self._up = up
-            self.port.config_changed()
 
     def activate(self, queues: Sequence[Queue | None], features: int) -> None:
         super().activate(queues, features)
