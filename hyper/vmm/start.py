@@ -1,0 +1,104 @@
+"""A monitor of ours started: a copy of the shim that gives up all rights and becomes the VMM. Nothing is executed."""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+from typing import NoReturn
+
+from ambi.core.errors import from_os_error
+from ambi.linux import memfd, process
+from hyper.vm import jail, words
+from hyper.vm.backend import Place
+from hyper.vm.hardware import Hardware, Memory
+from hyper.vmm import main
+from hyper.vmm.config import Config, Disk, Extent, Nic, Share, check
+from hyper.vmm.monitor import VmmMonitor
+
+KVM = "/dev/kvm"
+NAME = "ambi-vmm"
+
+
+def start(hardware: Hardware, place: Place, *, state: int = -1) -> VmmMonitor:
+    """`hardware.control` is made here. state: a descriptor of a saved machine that goes on. Raises an AmbiError."""
+    try:
+        kvm = place.handles.add(os.open(KVM, os.O_RDWR | os.O_CLOEXEC))
+        if hardware.shares and hardware.memory is None:
+            shared = place.handles.add(memfd.sized("guest memory", hardware.memory_bytes))
+            hardware = hardware._replace(memory=Memory(shared, shared=True))
+    except OSError as error:
+        raise from_os_error("cannot make a virtual machine", error) from error
+    control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    config = configure(hardware._replace(control=theirs.fileno()), kvm)._replace(state=state)
+    try:
+        check(config)
+        child = jail.fork(NAME, place.output, lambda: _prepare(place), lambda: _become(config), alone=True)
+    except BaseException:
+        control.close()
+        raise
+    finally:
+        theirs.close()  # from here on a monitor that ends is the end of the socket
+    return VmmMonitor(child, control)
+
+
+def configure(hardware: Hardware, kvm: int) -> Config:
+    """The monitor's own words for `hardware`. With `blank` nothing is behind its disks and NICs."""
+    disks = []
+    if hardware.layers is not None:
+        extents = () if hardware.blank else tuple(Extent(*extent) for extent in hardware.layers.extents)
+        disks.append(Disk("layers", extents=extents))
+    if hardware.disk is not None:
+        fd = -1 if hardware.blank else hardware.disk
+        disks.append(Disk("disk", fd, readonly=False, flush=hardware.disk_flushes and not hardware.blank))
+    for volume in hardware.volumes:
+        disks.append(Disk(volume.serial, -1 if hardware.blank else volume.fd, readonly=volume.readonly))
+    memory = hardware.memory
+    return Config(
+        name=hardware.name,
+        kvm=kvm,
+        kernel=hardware.kernel,
+        initramfs=hardware.initramfs,
+        cmdline=words.command_line(hardware),
+        vcpus=hardware.vcpus,
+        memory_bytes=hardware.memory_bytes,
+        memory=-1 if memory is None else memory.fd,
+        memory_shared=memory is None or memory.shared,
+        console=hardware.console,
+        agent=hardware.agent,
+        control=hardware.control,
+        disks=tuple(disks),
+        nics=tuple(_nic(nic.mac, nic.fd, nic.vhost, blank=hardware.blank) for nic in hardware.nics),
+        shares=tuple(Share(share.tag, share.fd) for share in hardware.shares),
+    )
+
+
+def _nic(mac: bytes, tap: int, vhost: int | None, *, blank: bool) -> Nic:
+    return Nic(mac, None, None) if blank or tap < 0 else Nic(mac, tap, vhost)
+
+
+def _prepare(place: Place) -> None:
+    Path("/proc/self/comm").write_text(NAME)
+    place.cgroup.join()
+    jail.enter_vmm(place.user)
+
+
+def _become(config: Config) -> NoReturn:
+    """Nothing of the shim's stays open but what the machine is made of."""
+    keep = sorted({0, 1, 2, *descriptors(config)})
+    for low, high in zip(keep, [*keep[1:], 1 << 31], strict=True):
+        if high > low + 1:
+            process.close_range(low + 1, high - 1)
+    main.run(config)
+
+
+def descriptors(config: Config) -> set[int]:
+    """All that `config` names."""
+    found: set[int | None] = {config.kvm, config.kernel, config.initramfs, config.console, config.agent, config.control}
+    found |= {config.memory, config.state}
+    for disk in config.disks:
+        found |= {disk.fd, *(extent.fd for extent in disk.extents)}
+    for nic in config.nics:
+        found |= {nic.tap, nic.vhost}
+    found |= {share.socket for share in config.shares}
+    return {fd for fd in found if fd is not None and fd >= 0}
