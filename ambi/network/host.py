@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import logging
 import socket
 import threading
@@ -238,16 +237,16 @@ class NetworkHost:
 
     def _passes_loopback(self, ports: Sequence[Port]) -> bool:
         """Whether the bridge on which all targets of `ports` are passes what goes to 127.0.0.1; it is made to if it can."""
-        targets = {ipaddress.ip_address(text) for port in ports for text in port.targets if ":" not in text}
-        with self._lock:
-            for network, name, index in self._ready.values():
-                if network.driver != "bridge" or network.options.get(links.OPTIONS[0]):
-                    continue  # the bridge may be somebody else's
-                nets = [ipaddress.ip_network(pool.subnet) for pool in network.pools]
-                if targets and all(any(target in net for net in nets) for target in targets):
-                    if network.id not in self._open and loopback.open_way(self._netlink(), name, index):
+        targets = {text for port in ports for text in port.targets if ":" not in text}
+        for network, name, index in list(self._ready.values()):
+            # a bridge that the user has named may be somebody else's
+            if network.driver != "bridge" or network.options.get(links.OPTIONS[0]) or not ipam.holds(network.pools, targets):
+                continue
+            if network.id not in self._open:
+                with self._lock:  # which is held long, by a removal
+                    if loopback.open_way(self._netlink(), name, index):
                         self._open.add(network.id)
-                    return network.id in self._open
+            return network.id in self._open
         return False
 
     def unpublish(self, key: str) -> None:

@@ -50,6 +50,12 @@ def is_private(text: str) -> bool:
     return any(net.version == other.version and net.subnet_of(other) for other in _PRIVATE)  # type: ignore[arg-type]
 
 
+def holds(pools: Iterable[Pool], addresses: Collection[str]) -> bool:
+    """Whether there are addresses, and each is in one of the pools."""
+    nets = [ipaddress.ip_network(pool.subnet) for pool in pools]
+    return bool(addresses) and all(any(address(text) in net for net in nets) for text in addresses)
+
+
 def choose(used: Iterable[str], family: int = 4) -> Pool:
     """A pool that overlaps nothing of `used` (subnets of the host's routes and of other networks): Docker's next default
     one, or for IPv6 a random /64 of fd00::/8. Raises NotFound when all are used, with docker's text."""

@@ -113,3 +113,20 @@ def test_macs() -> None:
     made = {ipam.mac(["fd01::2"]) for _ in range(50)}
     assert len(made) == 50
     assert all(int(mac[:2], 16) & 3 == 2 for mac in made), "locally administered, of one host"
+
+
+@pytest.mark.parametrize(
+    "subnet,private",
+    [
+        ("10.0.0.0/8", True), ("172.31.0.0/16", True), ("192.168.4.0/24", True), ("fd00::/8", True),
+        ("172.32.0.0/16", False), ("127.0.0.0/24", False), ("224.0.0.0/24", False), ("0.0.0.0/1", False), ("2001:db8::/64", False),
+    ],
+)  # fmt: skip
+def test_private_subnets(subnet: str, private: bool) -> None:
+    assert ipam.is_private(subnet) is private
+
+
+def test_which_network_holds_addresses() -> None:
+    pools = (Pool("10.1.0.0/24", "10.1.0.1"), Pool("fd01::/64", "fd01::1"))
+    assert ipam.holds(pools, {"10.1.0.2"}) and ipam.holds(pools, {"10.1.0.2", "fd01::2"})
+    assert not ipam.holds(pools, {"10.1.0.2", "10.2.0.2"}) and not ipam.holds(pools, set())
