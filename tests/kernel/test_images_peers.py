@@ -229,6 +229,8 @@ def test_copies_by_the_command(peers: Peers) -> None:
     assert peers.engine.ambi("image", "inspect", "--sbom=swid", "copied:3").returncode == 125
     refused = peers.engine.ambi("image", "copy", f"docker://{peers.address}/copied/here:9", "oci-archive:-")
     assert refused.returncode == 125 and b"copied/here:9 not found" in refused.stderr and not refused.stdout
+    refused = peers.engine.docker("search", "debian")
+    assert refused.returncode == 1 and b"searching a registry is not supported" in refused.stderr
 
 
 def test_space_is_told_and_freed(peers: Peers, busybox_tar: Path) -> None:
