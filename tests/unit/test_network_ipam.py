@@ -119,7 +119,8 @@ def test_macs() -> None:
     "subnet,private",
     [
         ("10.0.0.0/8", True), ("172.31.0.0/16", True), ("192.168.4.0/24", True), ("fd00::/8", True),
-        ("172.32.0.0/16", False), ("127.0.0.0/24", False), ("224.0.0.0/24", False), ("0.0.0.0/1", False), ("2001:db8::/64", False),
+        ("172.32.0.0/16", False), ("127.0.0.0/24", False), ("224.0.0.0/24", False), ("0.0.0.0/1", False),
+        ("2001:db8::/64", False),
     ],
 )  # fmt: skip
 def test_private_subnets(subnet: str, private: bool) -> None:
