@@ -19,7 +19,7 @@ THREADS = (
     "futex sched_yield rt_sigreturn rt_sigprocmask rt_sigaction sigaltstack set_robust_list rseq membarrier gettid getpid "
     "exit exit_group restart_syscall"
 )
-TIME = "clock_gettime clock_nanosleep nanosleep gettimeofday getrandom"
+ABOUT = "clock_gettime clock_nanosleep nanosleep gettimeofday getrandom uname"
 IOCTL_TYPES = (0xAE, 0xAF, ord("T"))  # KVM, vhost, tun: the second byte of the number
 IOCTL_TYPE_MASK = 0xFF00
 PROT_EXEC = 4
@@ -30,7 +30,7 @@ PATHLESS = 0x1000  # AT_EMPTY_PATH: newfstatat of a descriptor
 def profile(pid: int) -> dict[str, Any]:
     """As `linux.seccomp` of config.json. pid: the monitor's own, the only one whose threads it may signal."""
     allow = {"action": "SCMP_ACT_ALLOW"}
-    names = [name for group in (DATA, MEMORY, THREADS, TIME) for name in group.split() if name != "newfstatat"]
+    names = [name for group in (DATA, MEMORY, THREADS, ABOUT) for name in group.split() if name != "newfstatat"]
     return {
         "defaultAction": "SCMP_ACT_ERRNO",
         "defaultErrnoRet": EPERM,
