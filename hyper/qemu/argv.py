@@ -12,7 +12,7 @@ from hyper.vm.words import command_line
 
 SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
 MEMORY_PATH = "/ambi-memory"  # no file: who opens it gets the descriptor of Hardware.memory, see ambi/linux/handover.py
-BLANK = "driver=null-co,node-name={0},read-only={1},size=1048576"
+BLANK = "driver=null-co,node-name={0},read-only={1},size=1048576,read-zeroes=on"
 TB_SIZE_MIB = 128  # TCG's cache of translated code; its default is an eighth of the host's memory
 CPU_TCG = "qemu64,+ssse3,+sse4.1,+sse4.2,+popcnt,+cx16,+lahf-lm,+rdrand"  # x86-64-v2, which today's distributions require
 

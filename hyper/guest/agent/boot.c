@@ -2,6 +2,7 @@
 #include "cgroup.h"
 #include "modules.h"
 #include "setup.h"
+#include "template.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -68,7 +69,8 @@ void boot(void) {
     open_standard_streams();
     debug_enabled = command_line_has("ambi.debug");
     debug("agent up");
-    if (command_line_has("ambi.template"))
+    bool template = command_line_has("ambi.template");
+    if (template)
         modules_load_for_template();
     else
         modules_load_for_devices();
@@ -76,6 +78,8 @@ void boot(void) {
     mount_one("cgroup2", "/sys/fs/cgroup", MS_NOSUID | MS_NODEV | MS_NOEXEC, NULL);
     mkdir("/run", 0755);
     raise_loopback();
+    if (template)
+        template_rehearse();
     if (write_file("/proc/self/oom_score_adj", "-1000") < 0)
         debug("oom_score_adj: %s", errno_text(errno));
 }
