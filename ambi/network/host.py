@@ -42,7 +42,7 @@ class NetworkHost:
         self._rules = rules.Rules(tag)
         self._lock = threading.RLock()  # over bridges; veths need none
         self._ready: dict[str, tuple[Network, str, int]] = {}  # network id -> as it was made, link, index
-        self._open: set[str] = set()  # ids of networks whose bridge is to pass what goes to 127.0.0.1
+        self._open: dict[str, bool] = {}  # network id -> whether its bridge passes what goes to 127.0.0.1, once asked for
         self._proven: set[tuple[str, bool]] = set()  # kinds of bridges that this host has let us make
         self._socket: rtnl.Rtnl | None = None
         self._socket_lock = threading.Lock()
@@ -77,7 +77,7 @@ class NetworkHost:
         if network.driver == "bridge":
             self._proven.add(_kind(network))
             if network.id in self._open:
-                loopback.open_way(self._netlink(), name, index)
+                self._open[network.id] = loopback.open_way(self._netlink(), name, index)
             self._pass_firewalls()
 
     def certain(self, network: Network) -> bool:
@@ -139,7 +139,7 @@ class NetworkHost:
         """Take the links and rules of `network` away; what is not there is no error."""
         with self._lock:
             self._ready.pop(network.id, None)
-            self._open.discard(network.id)
+            self._open.pop(network.id, None)
             if network.driver in ("host", "null"):
                 return
             with links.opened(f"remove network '{network.name}'") as route:
@@ -244,9 +244,8 @@ class NetworkHost:
                 continue
             if network.id not in self._open:
                 with self._lock:  # which is held long, by a removal
-                    if loopback.open_way(self._netlink(), name, index):
-                        self._open.add(network.id)
-            return network.id in self._open
+                    self._open[network.id] = loopback.open_way(self._netlink(), name, index)
+            return self._open.get(network.id, False)
         return False
 
     def unpublish(self, key: str) -> None:
