@@ -8,8 +8,10 @@ process that has no open store it ends with the last worker.
 
 Requests of the engine, one at a time:
 
-    {"do": "fork", "ahead": bool, "load": module or ""}, with the worker's end of a socket  -> {"pid": of the waiter}
-    {"do": "end", "pid": of a waiter, "kill": bool}    -> {"status": of its exit, 128 + N for signal N}, once it is gone
+    {"do": "fork", "ahead": bool, "load": module or ""}, with the worker's end of a socket
+        -> {"pid": of the waiter} or {"error": text}
+    {"do": "end", "pid": of a waiter, "kill": bool}
+        -> {"status": of its exit, 128 + N for signal N}, once it is gone
 
 Workers that nobody asks about are reaped with the next request.
 """
@@ -62,7 +64,10 @@ class Nursery:
         with self._changed:
             self._users += 1
             try:
-                return int(self._ask(request, theirs)["pid"])
+                answer = self._ask(request, theirs)
+                if "error" in answer:
+                    raise Internal(f"cannot start the image worker: {answer['error']}")
+                return int(answer["pid"])
             except BaseException:
                 self._users -= 1
                 self._settle()
@@ -183,7 +188,12 @@ def _serve(sock: socket.socket, work: Callable[..., NoReturn]) -> None:
             if request.get("pid") != pid and os.waitpid(pid, os.WNOHANG)[0]:
                 children.discard(pid)
         if request["do"] == "fork":
-            pid = os.fork()
+            try:
+                pid = os.fork()
+            except OSError as error:  # too many processes; those that are there go on
+                unix.send(sock, {"error": error.strerror})
+                message.close()
+                continue
             if pid == 0:
                 work(message.fds[0], ahead=request["ahead"], load=request["load"])
             children.add(pid)

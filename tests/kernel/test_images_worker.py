@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -128,6 +129,27 @@ def test_a_nursery_that_is_killed_is_started_again(short_tmp: Path) -> None:
                 assert unix.receive(ours) is None  # the worker had the other end
                 assert nursery.status(pid) == 128 + signal.SIGKILL
                 nursery.leave(pid, kill=False)
+    finally:
+        nursery.release()
+
+
+def test_an_idle_nursery_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not while a worker is there; and the next worker has a new one."""
+    monkeypatch.setattr("images.layers.nursery.IDLE_S", 0.05)
+    nursery = Nursery()
+    nursery.keep()
+    try:
+        for _ in range(2):
+            ours, theirs = unix.pair()
+            with ours, theirs:
+                pid = nursery.fork(theirs, ahead=False)
+                assert unix.receive(ours).body == {"ready": True}  # type: ignore[union-attr]
+                process = nursery._process
+                assert process is not None
+                time.sleep(0.2)
+                assert process.poll() is None
+            nursery.leave(pid, kill=False)
+            assert process.wait(timeout=30) == 0
     finally:
         nursery.release()
 
