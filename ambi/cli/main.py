@@ -59,7 +59,7 @@ COMMANDS: dict[str, Entry] = {
     "top": Entry(INSTANCES, "top", "top", "List the processes of an instance."),
     "stats": Entry(INSTANCES, "stats", "stats", "Show what instances use, live."),
     "port": Entry(INSTANCES, "port", "port", "Show where the ports of an instance are published, one or all."),
-    "container": Entry(INSTANCES, "container", "container", "Docker's names for these commands, and prune."),
+    "container": Entry(INSTANCES, "container", "container", "Docker's names for the commands of instances, and prune."),
     "network": Entry(NETWORKS, "network", "network", "Manage networks."),
     "volume": Entry(NETWORKS, "volume", "volume", "Manage volumes."),
     "image": Entry(IMAGES, "image", "image", "Manage images."),

@@ -32,7 +32,7 @@ class ContainerGroup(click.Group):
 
 @click.group("container", cls=ContainerGroup)
 def container() -> None:
-    """Manage instances: docker's names for the commands that `ambi --help` lists."""
+    """Docker's names for the commands of instances, and prune."""
 
 
 @container.command("prune", cls=DockerCommand)
