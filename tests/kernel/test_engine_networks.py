@@ -5,6 +5,7 @@ Every engine runs in a network namespace of its own (tests/harness.py), from whi
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -12,7 +13,6 @@ import signal
 import socket
 import subprocess
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -109,18 +109,15 @@ def serving(engine: Networked, name: str, *flags: str) -> None:
     until(lambda: engine.fetch(engine.address(name, network), 80), f"{name} serves")
 
 
-def echoes(connection: socket.socket) -> None:
-    """A megabyte goes to an echo and comes back."""
-    sent, back = os.urandom(1 << 20), bytearray()
-    connection.settimeout(SECONDS)
-    sender = threading.Thread(target=connection.sendall, args=(sent,))
-    sender.start()
-    while len(back) < len(sent):
-        part = connection.recv(1 << 16)
-        assert part, "cut"
-        back += part
-    sender.join()
-    assert back == sent
+def connected(address: str, port: int) -> socket.socket:
+    """A connection to a program that is about to listen."""
+    end = time.monotonic() + SECONDS
+    while True:
+        try:
+            return socket.create_connection((address, port), SECONDS)
+        except ConnectionRefusedError:
+            assert time.monotonic() < end, port
+            time.sleep(0.2)
 
 
 def test_the_default_bridge_and_the_others_know_each_other_by_address_and_by_name(engine: Networked) -> None:
@@ -270,10 +267,12 @@ def test_networks_outlive_the_engine_and_netd(engine: Networked) -> None:
     engine.ok("network", "create", "web")
     serving(engine, "one", "--network", "web", "-p", "8080:80")
     serving(engine, "two", "--network", "web")
-    engine.ok("run", "-d", "--network", "web", "-p", "127.0.0.1:8107:7", "busybox", "nc", "-ll", "-p", "7", "-e", "cat")
+    sink = ["sh", "-c", "nc -l -p 9 | sha256sum"]
+    engine.ok("run", "-d", "--name", "sink", "--network", "web", "-p", "127.0.0.1:8109:9", "busybox", *sink)
     before = engine.inspect("one")["NetworkSettings"]
-    stays = namespaces.inside(engine.netns, lambda: socket.create_connection(("127.0.0.1", 8107), SECONDS))
-    echoes(stays)
+    transfer = namespaces.inside(engine.netns, lambda: connected("127.0.0.1", 8109))
+    half = os.urandom(1 << 20) * 100
+    transfer.sendall(half)
     engine.kill()
     assert engine.fetch("172.18.0.1", 8080) == engine.fetch("127.0.0.1", 8080) == b"one\n"
     engine.start()
@@ -284,8 +283,10 @@ def test_networks_outlive_the_engine_and_netd(engine: Networked) -> None:
     (netd,) = (pid for pid in engine._leftover() if b"netd" in Path(f"/proc/{pid}/cmdline").read_bytes())
     os.kill(netd, signal.SIGKILL)
     assert engine.fetch("127.0.0.1", 8080) == b"one\n", "no process is in the way"
-    with stays:
-        echoes(stays)
+    with transfer:
+        transfer.sendall(half)
+    engine.ok("wait", "sink")
+    assert engine.ok("logs", "sink").split()[0] == hashlib.sha256(half + half).hexdigest()
     until(lambda: engine.fetch("::1", 8080) == b"one\n", "netd serves again")
     assert engine.ok("exec", "two", "nc", "-w", "3", "one", "80") == "one"
 
@@ -325,13 +326,19 @@ def test_the_end_of_an_idle_engine_takes_everything_away(engine: Networked) -> N
 
 @pytest.mark.needs("qemu")
 def test_a_vm_is_on_networks_as_a_container_is(engine: Networked) -> None:
-    engine.ok("network", "create", "web")
+    engine.ok("network", "create", "--ipv6", "--subnet", "172.18.0.0/16", "--subnet", "fd18::/64", "web")
     engine.ok("network", "create", "other")
     serving(engine, "one", "--network", "web")
     serving(engine, "vm", "--runtime", "vm", "--network", "web", "--network-alias", "db", "-p", "8080:80")
     assert engine.ok("exec", "vm", "nc", "-w", "3", "one", "80") == "one"
     assert engine.ok("exec", "one", "nc", "-w", "3", "db", "80") == "vm"
     assert engine.fetch("127.0.0.1", 8080) == engine.fetch("172.18.0.1", 8080) == b"vm\n"
+    assert engine.fetch("fd18::1", 8080) == engine.fetch("::1", 8080) == b"vm\n"
+    for here, there in (("one", "vm"), ("vm", "one")):
+        address = engine.inspect(there)["NetworkSettings"]["Networks"]["web"]["GlobalIPv6Address"]
+        assert "1 packets received" in engine.ok("exec", here, "ping", "-c", "1", address)
+        assert engine.ok("exec", here, "nc", "-w", "3", address, "80") == there
+        assert engine.fetch(address, 80).decode().strip() == there
     engine.ok("network", "connect", "other", "vm")
     address = engine.address("vm", "other")
     until(lambda: engine.fetch(address, 80) == b"vm\n", "the VM answers on its second network")
