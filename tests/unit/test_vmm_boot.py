@@ -135,14 +135,14 @@ def test_a_vmlinux_without_pvh_is_entered_in_long_mode(rig: Rig) -> None:
     assert struct.unpack_from("<II", page, 0x218) == (0, 0)
 
 
-def test_a_relocatable_kernel_moves_where_memory_is_short() -> None:
-    header = bzimage.Header(0x20F, 1024, 2 << 20, 2 * MIB, True, 16 * MIB, 60 * MIB, 2047, 1 << 31, b"")
-    assert bzimage.place(header, 128 * MIB) == 16 * MIB
-    assert bzimage.place(header, 64 * MIB) == 2 * MIB
-    with pytest.raises(InvalidRequest, match="needs 60 MiB"):
-        bzimage.place(header._replace(relocatable=False), 64 * MIB)
-    with pytest.raises(InvalidRequest, match="needs 60 MiB"):
-        bzimage.place(header, 61 * MIB)
+def test_a_kernel_is_where_it_wants_to_be_or_nowhere() -> None:
+    """One that is loaded lower would move itself up to there, over the end of memory."""
+    header = bzimage.Header(0x20F, 1024, 2 << 20, 16 * MIB, 50 * MIB, 2047, 1 << 31, b"")
+    assert bzimage.place(header, 66 * MIB) == 16 * MIB
+    with pytest.raises(InvalidRequest, match="needs 50 MiB from 0x1000000 on, and the VM has 64 MiB"):
+        bzimage.place(header, 64 * MIB)
+    with pytest.raises(Corrupt, match="wants to be at 0x9000"):
+        bzimage.place(header._replace(preferred=0x9000), 64 * MIB)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import struct
 from typing import NamedTuple
 
-from ambi.core.errors import InvalidRequest, Unsupported
+from ambi.core.errors import Corrupt, InvalidRequest, Unsupported
 from hyper.vmm.boot.file import BootFile
 from hyper.vmm.layout import HIGH_MEMORY
 from hyper.vmm.memory import GuestMemory
@@ -30,8 +30,6 @@ class Header(NamedTuple):
     version: int
     setup_bytes: int  # of the real-mode part
     image_bytes: int  # of the rest
-    alignment: int
-    relocatable: bool
     preferred: int
     init_bytes: int  # what the kernel needs from its start on until it reads its memory map
     cmdline_bytes: int  # without the zero at its end
@@ -64,8 +62,6 @@ def parse(file: BootFile) -> Header:
         version=version,
         setup_bytes=(sectors + 1) * SECTOR,
         image_bytes=struct.unpack_from("<I", head, 0x1F4)[0] * 16,
-        alignment=struct.unpack_from("<I", head, 0x230)[0],
-        relocatable=bool(head[0x234]),
         preferred=struct.unpack_from("<Q", head, 0x258)[0],
         init_bytes=struct.unpack_from("<I", head, 0x260)[0],
         cmdline_bytes=struct.unpack_from("<I", head, 0x238)[0],
@@ -78,19 +74,19 @@ def parse(file: BootFile) -> Header:
 
 
 def place(header: Header, low_ram: int) -> int:
-    """Where the kernel goes: its preferred address, or 1 MiB (aligned) when it moves and there is no room. InvalidRequest
-    when the machine has too little memory for it."""
-    needed = max(header.init_bytes, header.image_bytes)
-    candidates = [header.preferred]
-    if header.relocatable and header.alignment and not header.alignment & (header.alignment - 1):
-        candidates.append((HIGH_MEMORY + header.alignment - 1) & -header.alignment)
-    for start in candidates:
-        if start >= HIGH_MEMORY and start + needed <= low_ram:
-            return start
-    raise InvalidRequest(
-        f"the kernel needs {needed >> 20} MiB from {header.preferred:#x} on, and the VM has {low_ram >> 20} MiB of memory",
-        hint="give the VM more memory, for example --memory 256m",
-    )
+    """Where the kernel goes: its preferred address. A relocatable one may be loaded above it, but moves there from below.
+
+    Raises InvalidRequest when the machine has too little memory, Corrupt for an address where our own tables are.
+    """
+    start, needed = header.preferred, max(header.init_bytes, header.image_bytes)
+    if start < HIGH_MEMORY:
+        raise Corrupt(f"the kernel wants to be at {start:#x}, where our own tables are")
+    if start + needed > low_ram:
+        raise InvalidRequest(
+            f"the kernel needs {needed >> 20} MiB from {start:#x} on, and the VM has {low_ram >> 20} MiB of memory",
+            hint="give the VM more memory, for example --memory 256m",
+        )
+    return start
 
 
 def load(file: BootFile, header: Header, memory: GuestMemory, start: int) -> None:
