@@ -31,6 +31,13 @@ class VmDriver:
 
     isolation: ClassVar[Isolation] = Isolation.VM
 
+    def __init__(self) -> None:
+        self._host_mounts: int | None = None
+
+    def use_host_mounts(self, namespace: int) -> None:
+        """Where the sources of binds are found: a descriptor of the mount namespace of the host."""
+        self._host_mounts = namespace
+
     def probe(self) -> Features:
         host = probe.host()
         qemu = probe.find_qemu() or f"not found: {backends.NO_QEMU.hint}"
@@ -62,7 +69,7 @@ class VmDriver:
         problems = self.check(plan)
         if problems:
             raise Unsupported(problems[0].message, hint=problems[0].hint)
-        machine = launch.launch(backends.load(probe.host(plan.guest_dir)), plan, undo, by, loop)
+        machine = launch.launch(backends.load(probe.host(plan.guest_dir)), plan, undo, by, loop, self._host_mounts)
         machine.boot(by)
         return machine
 

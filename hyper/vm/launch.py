@@ -24,7 +24,9 @@ TEMPLATES = "disks"  # below the guest directory
 MAX_TASKS = 512  # threads of a VMM and virtiofsd
 
 
-def launch(backend: Backend, plan: LaunchPlan, undo: Undo, by: Deadline, loop: Loop) -> VirtualMachine:
+def launch(
+    backend: Backend, plan: LaunchPlan, undo: Undo, by: Deadline, loop: Loop, host_mounts: int | None = None
+) -> VirtualMachine:
     """Start the VMM of `plan`; its guest is still to boot, or is a copy of one that has. What was made is undone by `undo`,
     or by the machine's delete.
 
@@ -37,7 +39,7 @@ def launch(backend: Backend, plan: LaunchPlan, undo: Undo, by: Deadline, loop: L
         undo.add("remove the cgroup of the VM", cgroup.remove)
         cgroup.create(_limits(plan, backend.overhead_bytes(host.kvm)))
         output, console_fd, console = _console(handles, undo, loop)
-        servers = _serve(plan, cgroup, output, undo)
+        servers = _serve(plan, share.Place(plan.run_dir, cgroup, output, host_mounts), undo)
         agent, agent_fd = handles.socket_pair()
         undo.add("close the agent's socket", agent.close)
         hardware = _hardware(plan, host, handles, servers)._replace(console=console_fd, agent=agent_fd)
@@ -74,15 +76,15 @@ def _console(handles: Handles, undo: Undo, loop: Loop) -> tuple[int, int, Consol
     return output, serial_fd, console
 
 
-def _serve(plan: LaunchPlan, cgroup: Cgroup, output: int, undo: Undo) -> list[share.Server]:
+def _serve(plan: LaunchPlan, place: share.Place, undo: Undo) -> list[share.Server]:
     """Start a virtiofsd for each tree that the plan needs."""
     servers = []
     if isinstance(plan.rootfs, Directory):
-        servers.append(share.serve_directory(plan.rootfs.path, plan.run_dir, cgroup, output))
+        servers.append(share.serve_directory(plan.rootfs.path, place))
         undo.add("end virtiofsd", servers[-1].end)
     binds = translate.binds(plan)
     if binds:
-        servers.append(share.serve_binds(binds, plan.run_dir, cgroup, output))
+        servers.append(share.serve_binds(binds, place))
         undo.add("end virtiofsd", servers[-1].end)
     return servers
 

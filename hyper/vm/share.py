@@ -14,6 +14,8 @@ import errno
 import os
 import socket
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -88,35 +90,65 @@ def check_sources(binds: tuple[Bind, ...]) -> None:
             raise from_os_error(f"cannot bind '{bind.subpath or '/'}' of {bind.source}", error) from error
 
 
-def serve_directory(path: Path, run_dir: Path, cgroup: Cgroup, output: int) -> Server:
+class Place(NamedTuple):
+    """Where a virtiofsd runs, and where its words go. host_mounts: the mount namespace that paths of binds are looked up in;
+    ours shows what was mounted when the zygote began, with what has come since only below shared mounts."""
+
+    run_dir: Path
+    cgroup: Cgroup
+    output: int
+    host_mounts: int | None = None
+
+
+def serve_directory(path: Path, place: Place) -> Server:
     """Serve `path` as the root of a guest."""
-    return _serve(ROOT_TAG, path, run_dir, cgroup, output, ())
+    return _serve(ROOT_TAG, path, place._replace(host_mounts=None), ())
 
 
-def serve_binds(binds: tuple[Bind, ...], run_dir: Path, cgroup: Cgroup, output: int) -> Server:
+def serve_binds(binds: tuple[Bind, ...], place: Place) -> Server:
     """Serve a tree with an entry for each of `binds`."""
-    check_sources(binds)
-    tree = run_dir / BINDS_TAG
+    with _among(place.host_mounts):
+        check_sources(binds)
+    tree = place.run_dir / BINDS_TAG
     tree.mkdir(exist_ok=True)
-    return _serve(BINDS_TAG, tree, run_dir, cgroup, output, binds)
+    return _serve(BINDS_TAG, tree, place, binds)
 
 
-def _serve(tag: str, path: Path, run_dir: Path, cgroup: Cgroup, output: int, binds: tuple[Bind, ...]) -> Server:
+@contextmanager
+def _among(mounts: int | None) -> Iterator[None]:
+    """In the mount namespace `mounts` for the time being. For a process of one thread that has no need of its directory."""
+    if mounts is None:
+        yield
+        return
+    ours = os.open("/proc/self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        process.setns(mounts, process.CLONE_NEWNS)
+        try:
+            yield
+        finally:
+            process.setns(ours, process.CLONE_NEWNS)
+    finally:
+        os.close(ours)
+
+
+def _serve(tag: str, path: Path, place: Place, binds: tuple[Bind, ...]) -> Server:
     exe = program()
     if exe is None:
         raise Unsupported("bind mounts into a virtual machine need virtiofsd", hint=INSTALL)
-    listener, sock = _socket_to(run_dir, tag)
+    listener, sock = _socket_to(place.run_dir, tag)
     try:
         argv = [exe, f"--fd={listener.fileno()}", *_options(exe, path, shared=bool(binds))]
 
         def prepare() -> None:
-            cgroup.join()
+            place.cgroup.join()
+            if place.host_mounts is not None:
+                process.setns(place.host_mounts, process.CLONE_NEWNS)
             process.unshare(process.CLONE_NEWNS)
             mount.mount(None, "/", None, mount.MS_REC | mount.MS_SLAVE)
             if binds:
                 _build_tree(path, binds)
 
-        child = jail.spawn(argv, (listener.fileno(),), output, prepare)
+        child = jail.spawn(argv, (listener.fileno(),), place.output, prepare)
     except BaseException:
         sock.close()
         raise
