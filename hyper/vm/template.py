@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 
 from ambi.core.deadline import Deadline
-from ambi.core.errors import AmbiError, Unavailable
+from ambi.core.errors import AmbiError, DeadlineExceeded, Unavailable
 from hyper.guest.protocol import SYNC, Decoder
 from hyper.vm import nic
 from hyper.vm.backend import Backend, Handles, Place, Templates
@@ -34,8 +34,7 @@ NICS = 1 + nic.SPARE  # at least
 def start(backend: Backend, hardware: Hardware, guest_dir: Path, place: Place, by: Deadline) -> Monitor:
     """`backend.start`, from a template where that can be: it is made first where there is none.
 
-    A template that is damaged, or cannot be made, is a line of our log; the guest then boots. Raises as `start` does,
-    and DeadlineExceeded.
+    A template that is damaged, or cannot be made, is a line of our log, and the guest boots. Raises as `start` does.
     """
     templates = backend.templates() if _fits(hardware) else None
     if templates is not None:
@@ -61,14 +60,24 @@ def _copy(templates: Templates, hardware: Hardware, store: Store, place: Place, 
             return None
         try:
             memory = Memory(template.memory, shared=False)
-            return templates.restore(hardware._replace(memory=memory), template.state, place, by)
+            return templates.restore(hardware._replace(memory=memory), template.state, place, _half(by))
         finally:
             os.close(template.memory)
     except (AmbiError, OSError) as error:
-        by.check("the start of the guest")
-        print(f"ambi: template {key} is dropped, the guest boots: {error}", file=sys.stderr, flush=True)
-        store.drop(key)
+        _tell(key, error)
+        if not isinstance(error, DeadlineExceeded):  # which tells of a slow host, or of a caller in haste
+            store.drop(key)
         return None
+
+
+def _half(by: Deadline) -> Deadline:
+    """Of the time that is left: a guest that has to boot after all needs the other one."""
+    left = by.remaining()
+    return by if left is None else Deadline.after(left / 2)
+
+
+def _tell(key: str, error: Exception) -> None:
+    print(f"ambi: the guest boots; template {key}: {error}", file=sys.stderr, flush=True)
 
 
 def _common(hardware: Hardware) -> Hardware:
@@ -92,11 +101,11 @@ def _made(templates: Templates, hardware: Hardware, store: Store, key: str, plac
     try:
         if (found := store.open(key)) is not None:  # made between our look and our lock
             return found
-        _make(templates, hardware, draft, place, by)
+        _make(templates, hardware, draft, place, _half(by))
     except (AmbiError, OSError) as error:
-        by.check("the boot of a template")
-        print(f"ambi: template {key} cannot be made, the guest boots: {error}", file=sys.stderr, flush=True)
-        store.fail(key, str(error))
+        _tell(key, error)
+        if not isinstance(error, DeadlineExceeded):
+            store.fail(key, str(error))
         return None
     finally:
         draft.close()

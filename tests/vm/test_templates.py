@@ -151,7 +151,7 @@ def test_template_that_no_vmm_takes_is_dropped_and_the_guest_boots(
     with rig.started(["sleep", "1000"]) as running:
         assert started(running) == "boot"
     assert kept(rig) == []
-    assert f"template {found.name} is dropped" in capfd.readouterr().err
+    assert f"the guest boots; template {found.name}: " in capfd.readouterr().err
 
 
 def test_switched_off_every_guest_boots(rig: driverkit.Rig, monkeypatch: pytest.MonkeyPatch) -> None:
