@@ -58,10 +58,13 @@ def _run(options: argparse.Namespace) -> int:
         machine.boot()
         ready = time.monotonic()
         ending = machine.run()
+        os.set_blocking(1, True)
+        machine.console.flush()
         if options.exits:
             _tell_exits(machine, ready - before, time.monotonic() - ready)
     finally:
         machine.close()
+        os.set_blocking(1, True)  # standard output is shared with whoever started us
     _say(f"{ending.cause}: {ending.detail}" if ending.detail else ending.cause)
     return STATUS[ending.cause]
 
