@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
+from backports import zstd
+
 from ambi.core.errors import AmbiError
 from images import manifest, reference
 from images.content import parse_json
+from images.layers.convert import convert
 from images.layers.decoder import Decoder
+from images.layers.erofs import ErofsWriter
 from images.layers.tar import TarReader
 from images.registry import challenge
 from images.registry.client import descriptor
@@ -20,10 +25,11 @@ from tests.layerkit import directory, hard_link, member, symlink, tar_bytes
 
 
 class Target(NamedTuple):
-    """good: inputs that are right. feed: takes one; what it raises beyond AmbiError is a fault."""
+    """good: inputs that are right. feed: takes one; what it raises beyond AmbiError is a fault. inputs: in the suite."""
 
     good: Sequence[bytes]
     feed: Callable[[bytes], object]
+    inputs: int = 100_000
 
 
 def _tar(data: bytes) -> None:
@@ -33,12 +39,27 @@ def _tar(data: bytes) -> None:
 
 def _sealed_tar(data: bytes) -> None:
     """With the check sums of all headers made right, so that their fields are read."""
+    _tar(_sealed(data))
+
+
+def _sealed(data: bytes) -> bytes:
     blocks = bytearray(data)
     for start in range(0, len(blocks) - 511, 512):
         if blocks[start + 257 : start + 262] == b"ustar":
             blocks[start + 148 : start + 156] = b" " * 8
             blocks[start + 148 : start + 156] = b"%06o\0 " % sum(blocks[start : start + 512])
-    _tar(bytes(blocks))
+    return bytes(blocks)
+
+
+def _layer(data: bytes) -> None:
+    """All that a worker does: the tree and its file too. What it takes is the same in whatever pieces it comes."""
+    data, made = _sealed(data), []
+    for step in (700, len(data) or 1):
+        with open(os.memfd_create("layer"), "r+b") as file:
+            pieces = [data[start : start + step] for start in range(0, len(data), step)]
+            done = convert(pieces, ErofsWriter(file.fileno()), 1 << 20)
+            made.append((done, os.pread(file.fileno(), done.size_bytes, 0)))
+    assert made[0] == made[1]
 
 
 def _gzip(data: bytes) -> None:
@@ -105,6 +126,8 @@ TARGETS = {
     "rpm header": Target([_RPM], rpm.fields),
     "tar": Target(_tars(), _tar),
     "sealed tar": Target(_tars(), _sealed_tar),
+    "layer": Target(_tars(), _layer, 1_500),
+    "zstd": Target([zstd.compress(b"x" * 5000), zstd.compress(bytes(range(256)) * 4)], _gzip),
     "gzip": Target([gzip.compress(b"x" * 5000, mtime=0), gzip.compress(bytes(range(256)) * 4, mtime=0)], _gzip),
 }  # fmt: skip
 
