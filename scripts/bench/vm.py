@@ -1,12 +1,15 @@
 #!/usr/bin/env python3
-"""How long a VM takes from nothing to the first byte of its workload, against a bare QEMU that only reaches its init.
+"""How long a VM takes from nothing to the first byte of its workload: booted, from a template, and beside them a container
+and a bare QEMU that only reaches its init.
 
     scripts/bench/vm.py [--guest-dir DIR] [--pairs N] [--json FILE]
 
-Both boot the same kernel with the same accelerator, in turn. The bare one is `qemu-system-x86_64 -M microvm` with the kernel
-words known to be best and an initramfs that is one static program, which writes a line to the console: no agent, no disks,
-no modules. Ours is the driver: jail, cgroup, two disks, overlay, agent, and `echo` of a one-layer image. Printed are
-medians, minima and their ratios; ours is meant to stay below 1.2 times the bare one's.
+All VMs have the same kernel and accelerator, and all are measured in turn. The bare one is `qemu-system-x86_64 -M microvm`
+with the kernel words known to be best and an initramfs that is one static program, which writes a line to the console: no
+agent, no disks, no modules. Ours is the driver: jail, cgroup, two disks, overlay, agent, and `echo` of a one-layer image.
+Printed are medians, minima, CPU seconds of the VMM, the memory (PSS) of one more idle VM, and ratios: a boot is meant to
+stay below 1.2 times the bare one's, a start from a template below a quarter of the boot. On a busy machine look at the CPU
+time.
 """
 
 from __future__ import annotations
@@ -29,6 +32,8 @@ sys.path.insert(0, str(ROOT))
 
 from hyper import boot_files, probe  # noqa: E402
 from hyper.guest import initramfs  # noqa: E402
+from hyper.vm import template  # noqa: E402
+from hyper.vm.machine import VirtualMachine  # noqa: E402
 from tests import driverkit, rootfs  # noqa: E402
 
 LIMIT_S = 60.0
@@ -94,16 +99,35 @@ def bare(kernel: Path, archive: Path, host: probe.Host) -> tuple[float, float]:
             process.kill()
 
 
-def ours(rig: driverkit.Rig) -> dict[str, float]:
-    """Seconds from the call of the driver: created, first byte of the workload, and an exec's whole turn."""
+def pss_mib(pid: int) -> float:
+    """The memory of a process, pages that it shares with others in parts."""
+    with open(f"/proc/{pid}/smaps_rollup", encoding="ascii") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith("Pss:")) / 1024
+
+
+def contained(rig: driverkit.Rig) -> float:
+    """Seconds from the call of the driver of containers to the first byte."""
+    plan = rig.plan(["sh", "-c", "echo up; exec sleep 1000"])
+    begun = time.monotonic()
+    with rig.started_plan(plan) as running:
+        running.init.until(lambda: running.init.out, LIMIT_S)
+        return time.monotonic() - begun
+
+
+def ours(rig: driverkit.Rig, templates: str) -> dict[str, float]:
+    """From the call of the driver: seconds to the first byte of the workload and of an exec, CPU seconds, memory in MiB."""
+    os.environ[template.CHOICE] = templates
     plan = rig.plan(["sh", "-c", "echo up; exec sleep 1000"], annotations={"ambi.disposable": "1"})  # as of `run --rm`
     begun = time.monotonic()
     with rig.started_plan(plan) as running:
         running.init.until(lambda: running.init.out, LIMIT_S)
-        first, cpu = time.monotonic() - begun, cpu_seconds(running.created._parts.monitor.child.pid)
+        first, machine = time.monotonic() - begun, running.created
+        assert isinstance(machine, VirtualMachine)
+        pid = machine._parts.monitor.child.pid
+        cpu, pss = cpu_seconds(pid), pss_mib(pid)
         before = time.monotonic()
         running.exec(["true"])
-        return {"first_byte": first, "cpu": cpu, "exec": time.monotonic() - before}
+        return {"first_byte": first, "cpu": cpu, "exec": time.monotonic() - before, "pss": pss}
 
 
 def measure(pairs: int, guest_dir: Path, work: Path) -> dict[str, object]:
@@ -113,14 +137,21 @@ def measure(pairs: int, guest_dir: Path, work: Path) -> dict[str, object]:
     host = probe.host(guest_dir)
     kernel = boot_files.find(guest_dir).kernel
     archive = bare_initramfs(work)
-    bare(kernel, archive, host), ours(rig)  # the first of each fills the page cache
-    bares, results = [], []
-    for _ in range(pairs):
-        bares.append(bare(kernel, archive, host))
-        results.append(ours(rig))
+    (work / "containers").mkdir()
+    containers = driverkit.Rig("container", work / "containers", (driverkit.make_layer(tree, "dir", tree),), guest_dir)
+    bare(kernel, archive, host), ours(rig, "off"), ours(rig, "on")  # the first of each fills the page cache
+    bares, results, copies, others = [], [], [], []
+    with driverkit.layers_namespace():
+        for _ in range(pairs):
+            bares.append(bare(kernel, archive, host))
+            results.append(ours(rig, "off"))
+            copies.append(ours(rig, "on"))
+            others.append(contained(containers))
     walls, cpus = zip(*bares, strict=True)
     starts, own_cpus = [r["first_byte"] for r in results], [r["cpu"] for r in results]
     return {
+        **_of_templates(results, copies),
+        "container_first_byte_s": _summary(others),
         "accelerator": "kvm" if host.kvm else "tcg",
         "kernel": kernel.parent.name,
         "pairs": pairs,
@@ -132,6 +163,20 @@ def measure(pairs: int, guest_dir: Path, work: Path) -> dict[str, object]:
         "ratio_median": round(statistics.median(a / b for a, b in zip(starts, walls, strict=True)), 3),
         "ratio_minima": round(min(starts) / min(walls), 3),
         "ratio_cpu_minima": round(min(own_cpus) / min(cpus), 3),
+    }
+
+
+def _of_templates(boots: list[dict[str, float]], copies: list[dict[str, float]]) -> dict[str, object]:
+    pairs = list(zip(boots, copies, strict=True))
+    return {
+        "template_first_byte_s": _summary([copy["first_byte"] for copy in copies]),
+        "template_first_byte_cpu_s": _summary([copy["cpu"] for copy in copies]),
+        "template_pss_mib": _summary([copy["pss"] for copy in copies]),
+        "boot_pss_mib": _summary([boot["pss"] for boot in boots]),
+        "ratio_template_median": round(
+            statistics.median(copy["first_byte"] / boot["first_byte"] for boot, copy in pairs), 3
+        ),
+        "ratio_template_cpu_median": round(statistics.median(copy["cpu"] / boot["cpu"] for boot, copy in pairs), 3),
     }
 
 
