@@ -52,9 +52,14 @@ package_lists() {
     [ -n "$(ls /var/lib/apt/lists/*Packages* 2> /dev/null)" ] || step "Debian package lists" "check the network and /etc/apt" apt-get update -q
 }
 
-# virtiofsd is a package of its own from Debian 13 on, part of qemu-system-common before.
-virtiofsd_package() {
-    if apt-cache show virtiofsd > /dev/null 2>&1; then echo virtiofsd; else echo qemu-system-common; fi
+# here PACKAGE...: of `NEW|OLD` the one that this release has; what was split off in Debian 13 is part of OLD before.
+here() {
+    for _package in "$@"; do
+        case $_package in
+        *"|"*) if apt-cache show "${_package%%|*}" > /dev/null 2>&1; then echo "${_package%%|*}"; else echo "${_package##*|}"; fi ;;
+        *) echo "$_package" ;;
+        esac
+    done
 }
 
 apt_install() {
@@ -64,12 +69,13 @@ apt_install() {
 # The names of all installed packages, sorted.
 installed() { dpkg-query -W -f '${db:Status-Abbrev} ${Package}\n' | sed -n 's/^ii *//p' | LC_ALL=C sort -u; }
 
-# install PACKAGE...: install what is missing, virtiofsd too; .installed-packages remembers all that came, for scripts/uninstall.
+# install PACKAGE...: install what is missing; .installed-packages remembers all that came, for scripts/uninstall.
 install() {
     [ -z "${AMBI_NO_APT:-}" ] || return 0
     need_debian
     package_lists
-    _missing=$(missing "$@" "$(virtiofsd_package)")
+    # shellcheck disable=SC2046
+    _missing=$(missing $(here "$@"))
     [ -n "$_missing" ] || return 0
     _before=$(mktemp -t ambi-packages.XXXXXX)
     installed > "$_before"
@@ -91,4 +97,4 @@ make_venv() {
     echo "$_want" > "$_stamp"
 }
 
-PRODUCT_PACKAGES="libnftables1 python3 python3-venv gcc libc6-dev qemu-system-x86 e2fsprogs mmdebstrap kmod lz4 ca-certificates dpkg"
+PRODUCT_PACKAGES="libnftables1 python3 python3-venv gcc libc6-dev qemu-system-x86 virtiofsd|qemu-system-common e2fsprogs mmdebstrap kmod lz4 ca-certificates dpkg"

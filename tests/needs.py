@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -57,6 +58,14 @@ def _cgroup_v1() -> str | None:
     return None if Path("/sys/fs/cgroup/memory").exists() else "no cgroup v1 controllers"
 
 
+@functools.cache
+def _compose_1() -> str | None:
+    if missing := _program("docker-compose", "docker-compose")():
+        return missing
+    said = subprocess.run(["docker-compose", "version", "--short"], capture_output=True, text=True, check=False).stdout
+    return None if said.startswith("1.") else f"docker-compose here is version {said.strip()}"
+
+
 def _compose_2() -> str | None:
     path = ROOT / "build" / "peers" / "docker-compose"
     return None if path.exists() else f"{path} is missing (scripts/package/compose2.sh)"
@@ -80,7 +89,7 @@ NEEDS: dict[str, Callable[[], str | None]] = {
     "podman": _program("podman", "podman"),
     "buildah": _program("buildah", "buildah"),
     "registry": _program("docker-registry", "docker-registry"),
-    "compose-1": _program("docker-compose", "docker-compose"),
+    "compose-1": _compose_1,
     "compose-2": _compose_2,
     "strace": _program("strace", "strace"),
     "gcc": _program("gcc", "gcc"),
