@@ -45,6 +45,7 @@ def restore(core: Core) -> None:
         except (AmbiError, OSError) as error:
             log.error("%s: cannot be restored: %s", record.id[:12], error)
     _clear_run_root(core)
+    core.volumes.settled()
     core.networks.adopted()
     with core.mutex:
         core.restarts.begin()

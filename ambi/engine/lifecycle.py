@@ -120,6 +120,7 @@ def _start_on(core: Core, record: Record, net: Attachment) -> None:
     run.starting, run.failed, run.looks, record.oom_told = True, False, 0, False
     core.volumes.mounted(record)
     try:
+        core.volumes.hold(record)
         shared = net.namespaces
         answer = run.connection.call("start", fds=shared.values(), namespaces=[*shared], by=Deadline.after(START_S))
     except AmbiError:

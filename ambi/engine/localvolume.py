@@ -5,8 +5,8 @@
     VOLUMES/NAME/disk.img        with type=disk instead: a file system for one virtual machine at a time
     VOLUMES/NAME/making          made for an instance that does not exist yet
 
-A directory appears and disappears by rename, so `.new-NAME` and `.old-...` are what a death left behind. Nothing is mounted
-on the host: options say what is mounted in the namespace of each instance. So a tmpfs is each instance's own.
+A directory appears and disappears by rename, so `.new-NAME` and `.old-...` are what a death left behind. A volume whose
+options name a file system has it mounted at `_data` while an instance with it runs: mountedvolumes.py.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 from ambi.core.errors import InvalidRequest, NotFound, Unsupported, from_os_error
 from ambi.core.model import Isolation
 from ambi.core.roots import Roots
+from ambi.engine import mountedvolumes
 from ambi.engine.mountpoints import Point, VolumeAsk
 
 DRIVER = "local"
@@ -48,7 +49,7 @@ class Volume(NamedTuple):
 
     @property
     def kind(self) -> str:
-        """`dir`, or the type that its options name: `none`, `tmpfs`, `disk`."""
+        """`dir`, or the type that its options name: `none`, `disk`, or one of mountedvolumes.KINDS."""
         return (self.options or {}).get("type", "dir")
 
     def body(self) -> dict[str, Any]:
@@ -113,12 +114,15 @@ def _check_options(options: dict[str, str]) -> None:
             raise InvalidRequest(
                 "a volume of type none is a bind of an absolute path", hint="-o type=none -o o=bind -o device=/path"
             )
-    elif kind != "tmpfs":
+    elif kind in mountedvolumes.KINDS:
+        mountedvolumes.check(options)
+    else:
         raise Unsupported(
             f"volumes of type {kind} are not supported",
             hint="mount it on the host, and give its path: -o type=none -o o=bind -o device=/path",
         )
-    _check_words(kind, words)
+    if kind not in mountedvolumes.NETWORKED:  # whose options are the kernel's to check
+        _check_words(kind, words)
 
 
 def _check_words(kind: str, words: list[str]) -> None:
@@ -255,16 +259,15 @@ def point(volumes: Path, volume: Volume, ask: VolumeAsk, isolation: Isolation) -
             raise no_disk(volume.name)
         words, origin, what = (), str(volumes / volume.name / DISK), "ambi.disk"
         shown = origin
+    elif volume.kind in mountedvolumes.KINDS and not _bound(words_of(options)):
+        words = ("rbind", "rprivate")
     elif options:
         own = [word for word in words_of(options) if word not in _HOST_WORDS]
         readonly = readonly or "ro" in own
         own = [word for word in own if word not in ("ro", "rw")]
-        if _bound(own):
-            kept = tuple(word for word in own if word not in _BIND_WORDS)
-            words = (("rbind" if "rbind" in own else "bind"), "rprivate", *kept)
-            origin = os.path.normpath(options["device"])
-        else:
-            words, origin, what = tuple(own), "tmpfs", "tmpfs"
+        kept = tuple(word for word in own if word not in _BIND_WORDS)
+        words = (("rbind" if "rbind" in own else "bind"), "rprivate", *kept)
+        origin = os.path.normpath(options["device"])
     if what != "bind" and ask.subpath:
         raise InvalidRequest(
             f"volume {volume.name} of type {volume.kind} has no subpaths", hint="mount it whole, or use another volume"

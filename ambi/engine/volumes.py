@@ -23,6 +23,7 @@ from ambi.engine import mounts
 from ambi.engine.bus import attributes_of
 from ambi.engine.filters import Filters, has_labels
 from ambi.engine.localvolume import Volume
+from ambi.engine.mountedvolumes import KINDS, Mounts
 from ambi.engine.mountpoints import Asked, Point, VolumeAsk, points_of
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ class Volumes:
         self._lock = threading.RLock()
         self._volumes: dict[str, Volume] = {}
         self._claims: Counter[str] = Counter()  # by creates that are on their way
+        self._mounts = Mounts(core.roots.volumes)
 
     def restore(self) -> None:
         """What the directories say is true; the database follows."""
@@ -236,6 +238,23 @@ class Volumes:
         mounts.make_sources(points)
         mounts.check_propagation(points)
 
+    def settled(self) -> None:
+        """It is known what runs: nothing else stays mounted."""
+        self._mounts.settle(
+            {v.name: [r.id for r in self.users(v.name) if r.state.running] for v in self.all() if v.kind in KINDS}
+        )
+
+    def hold(self, record: Record) -> None:
+        """Mount what `record` needs, until `unmounted`. Raises an AmbiError with Docker's words."""
+        for name in self._of(record):
+            self._mounts.hold(name, self.find(name).options or {}, record.id)
+
+    def _of(self, record: Record) -> set[str]:
+        """Its volumes that are to be mounted."""
+        names = {point.name for point in points_of(record.row.mounts) if point.name and point.what == "bind"}
+        with self._lock:
+            return {name for name in names if name in self._volumes and self._volumes[name].kind in KINDS}
+
     def mounted(self, record: Record) -> None:
         for point in points_of(record.row.mounts):
             if point.name:
@@ -245,6 +264,8 @@ class Volumes:
                 )  # fmt: skip
 
     def unmounted(self, record: Record) -> None:
+        for name in self._of(record):
+            self._mounts.release(name, record.id)
         for point in points_of(record.row.mounts):
             if point.name:
                 self._publish(point.name, "unmount", container=record.id)

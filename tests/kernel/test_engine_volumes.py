@@ -173,7 +173,7 @@ def test_prune_takes_anonymous_ones_and_by_older_versions_all(engine: EngineUnde
         (["--mount", "src=x,dst=/x"], 125, "volume name is too short"),
         (["--volume-driver", "none", "-v", "vv:/x"], 125, "error looking up volume plugin none"),
         (["--mount", "type=bind,src=/no/such,dst=/x"], 125, 'for type "bind": bind source path does not exist: /no/such'),
-        (["--mount", "type=volume,src=vv,dst=/x,volume-opt=type=nfs,volume-opt=device=:/x"], 125, "volumes of type nfs"),
+        (["--mount", "type=volume,src=vv,dst=/x,volume-opt=type=btrfs,volume-opt=device=/x"], 125, "volumes of type btrfs"),
         (["--mount", "type=volume,src=vv,dst=/x,volume-opt=o=ro"], 125, 'missing required option: "device"'),
         (["--mount", "type=volume,src=vv,dst=/x,volume-opt=type=disk,volume-opt=size=64m"], 125, "a virtual machine alone"),
         (["--volumes-from", "nobody"], 125, "No such container: nobody"),
@@ -200,6 +200,42 @@ def test_options_of_the_local_driver(engine: EngineUnderTest, tmp_path: Path) ->
     assert seen == b"seen\n700\n1024\n" and (tmp_path / "new").exists()
     out(engine, "volume", "rm", "bound", "ram")
     assert (tmp_path / "seen").exists()
+
+
+def mounts_of(engine: EngineUnderTest, volume: str) -> list[str]:
+    place = out(engine, "volume", "inspect", "--format", "{{.Mountpoint}}", volume)
+    return [line for line in Path("/proc/self/mountinfo").read_text().splitlines() if line.split()[4] == place]
+
+
+def test_memory_is_shared_while_somebody_uses_it(engine: EngineUnderTest) -> None:
+    """Mounted once on the host, for every instance that runs with it, also over the death of the engine."""
+    out(engine, "volume", "create", "-o", "type=tmpfs", "-o", "device=tmpfs", "-o", "o=size=2m,noexec", "shared")
+    assert not mounts_of(engine, "shared")
+    for name in ("one", "two"):
+        run(engine, "-d", "--name", name, "-v", "shared:/v", "busybox", "sleep", "1000", check=True)
+    out(engine, "exec", "one", "sh", "-c", "echo hello > /v/greeting")
+    assert out(engine, "exec", "two", "cat", "/v/greeting") == "hello"
+    (mounted,) = mounts_of(engine, "shared")
+    assert "noexec" in mounted
+    engine.kill()
+    engine.start()
+    assert out(engine, "exec", "two", "cat", "/v/greeting") == "hello" and len(mounts_of(engine, "shared")) == 1
+    out(engine, "rm", "-f", "one")
+    assert len(mounts_of(engine, "shared")) == 1
+    out(engine, "rm", "-f", "two")
+    wait_until(lambda: not mounts_of(engine, "shared"))
+    out(engine, "volume", "rm", "shared")
+
+
+def test_a_file_system_that_cannot_be_mounted_is_named(engine: EngineUnderTest) -> None:
+    nfs = ("volume", "create", "-o", "type=nfs", "-o", "device=:/x", "-o")
+    out(engine, *nfs, "o=addr=127.0.0.1,vers=4,timeo=1,retrans=0,ro", "far")
+    out(engine, *nfs, "o=addr=no-such-host.invalid", "nowhere")
+    for name, text in (("far", b"failed to mount local volume: mount :/x:"), ("nowhere", b"lookup no-such-host.invalid")):
+        done = run(engine, "--rm", "-v", f"{name}:/v", "busybox", "true")
+        assert done.returncode == 125 and text in done.stderr, done.stderr
+        assert not mounts_of(engine, name)
+        out(engine, "volume", "rm", name)
 
 
 def test_a_subpath_stays_in_its_volume(engine: EngineUnderTest) -> None:

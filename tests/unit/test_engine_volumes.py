@@ -47,7 +47,8 @@ def volume(name: str = "db", **options: str) -> Volume:
         ("db", "local", {"type": "none", "device": "/x"}, InvalidRequest, "absolute path"),
         ("db", "local", {"type": "tmpfs", "device": "tmpfs", "o": "upperdir=/etc"}, InvalidRequest, "upperdir=/etc"),
         ("db", "local", {"type": "none", "device": "/x", "o": "bind,ambi.subpath=../y"}, InvalidRequest, "ambi.subpath"),
-        ("db", "local", {"type": "nfs", "device": ":/x", "o": "addr=10.0.0.1"}, Unsupported, "volumes of type nfs"),
+        ("db", "local", {"type": "btrfs", "device": "/dev/x"}, Unsupported, "volumes of type btrfs"),
+        ("db", "local", {"type": "nfs", "device": ":/x"}, InvalidRequest, "needs the address of its server"),
     ],
 )
 def test_what_cannot_be_a_volume(name: str, driver: str, options: Any, kind: type[Exception], text: str) -> None:
@@ -102,11 +103,11 @@ def test_what_a_volume_is_to_config_json() -> None:
     bound = entry(volume(**BIND), VolumeAsk("/t", "db", copy=False))
     assert (bound["source"], bound["options"]) == ("/srv/x", ["rbind", "rprivate", "ro", "rro"])
     ram = entry(volume(**TMPFS), VolumeAsk("/t", "db"))
-    assert (ram["type"], ram["options"]) == ("tmpfs", ["size=1m", "mode=700", "noexec"])
+    assert (ram["type"], ram["source"], ram["options"][:2]) == ("bind", "/d/volumes/db/_data", ["rbind", "rprivate"])
     disk = volume(type="disk", size="1g")
     whole = entry(disk, VolumeAsk("/t", "db", readonly=True), Isolation.VM)
     assert (whole["type"], whole["source"], whole["options"]) == ("ambi.disk", "/d/volumes/db/disk.img", ["ro"])
-    for made, kind in ((disk, Isolation.CONTAINER), (disk, Isolation.VM), (volume(**TMPFS), Isolation.VM)):
+    for made, kind in ((disk, Isolation.CONTAINER), (disk, Isolation.VM)):
         with pytest.raises(InvalidRequest):
             entry(made, ask, kind)
 
