@@ -87,6 +87,7 @@ _CREATE: list[Callable[[Any], Any]] = [
     many("--network-alias", "--net-alias", metavar="NAME", help="One more name on the first network."),
     option("--ip", metavar="ADDRESS", help="IPv4 address on the first network."),
     option("--ip6", metavar="ADDRESS", help="IPv6 address on the first network."),
+    many("--link-local-ip", metavar="ADDRESS", help="One more address on the first network, for the link alone."),
     option("--mac-address", metavar="MAC", help="MAC address on the first network."),
     many("--link", metavar="NAME[:ALIAS]", help="A name for another instance."),
     many("-p", "--publish", metavar="[IP:][HOST:]PORT[/PROTO]", help="Publish a port or range on the host."),

@@ -45,10 +45,12 @@ def attachments(flags: dict[str, Any]) -> tuple[str, dict[str, dict[str, Any]]]:
 
 def _simple_flags(flags: dict[str, Any], mode: str, first: dict[str, Any]) -> None:
     """Put `--ip` and its like into what the first network is asked for."""
-    ipam = {}
+    ipam: dict[str, Any] = {}
     for flag, key in (("ip", "IPv4Address"), ("ip6", "IPv6Address")):
         if text := flags[flag]:
             ipam[key] = checked_address(f"--{flag}", text, six=flag == "ip6")
+    if given := flags["link_local_ip"]:
+        ipam["LinkLocalIPs"] = [checked_address("--link-local-ip", text, six=":" in text) for text in given]
     own: dict[str, Any] = {
         "IPAMConfig": ipam or None,
         "Aliases": list(flags["network_alias"]) or None,
@@ -71,7 +73,7 @@ def _network(text: str) -> tuple[str, dict[str, Any]]:
         return text, {}
     name = ""
     found: dict[str, Any] = {}
-    ipam: dict[str, str] = {}
+    ipam: dict[str, Any] = {}
     aliases: list[str] = []
     options: dict[str, str] = {}
     for part in text.split(","):
@@ -93,7 +95,8 @@ def _network(text: str) -> tuple[str, dict[str, Any]]:
             case "gw-priority":
                 found["GwPriority"] = _priority(value)
             case "link-local-ip":
-                raise InvalidRequest("link-local-ip in --network is not supported", hint="leave it out")
+                checked = checked_address("--network link-local-ip", value, six=":" in value)
+                ipam["LinkLocalIPs"] = [*ipam.get("LinkLocalIPs", ()), checked]
             case _:
                 option, _, setting = value.partition("=")
                 options[option] = setting

@@ -55,6 +55,7 @@ class Addresses:
             addresses=tuple(found),
             host_link=f"vea{secrets.token_hex(6)}" if network.driver == "bridge" else "",
             default_route=not network.internal and not any(e.nic and e.nic.default_route for e in own),
+            extra=tuple(Address(6, text, 64) if ":" in text else Address(4, text, 16) for text in endpoint.link_local),
         )
         return endpoint._replace(network=network.id, id=id, nic=nic)
 

@@ -116,8 +116,9 @@ def check_endpoint(endpoint: Endpoint) -> None:
                 "user specified IP address is supported on user defined networks only",
                 hint="make a network with a subnet: ambi network create --subnet 10.20.0.0/24 NAME",
             )
-    if ipam.strings("LinkLocalIPs"):
-        raise InvalidRequest("--link-local-ip is not supported", hint="leave it out")
+    for text in ipam.strings("LinkLocalIPs"):
+        if not is_address(text):
+            raise InvalidRequest(f"invalid link-local IP address: {text}", hint="--link-local-ip 169.254.10.1")
     for alias in body.strings("Aliases"):
         if not alias or any(c.isspace() for c in alias):
             raise InvalidRequest(f"'{alias}' cannot be a network alias", hint="--network-alias db")

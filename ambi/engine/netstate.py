@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 
 from ambi.network.model import Address, Nic, Port
 
+_ADDRESSES = ("addresses", "extra")  # of a Nic
+
 
 class Endpoint(NamedTuple):
     """An instance on one network.
@@ -24,7 +26,7 @@ class Endpoint(NamedTuple):
         """The body of a row; `place` is where it comes among those of its instance."""
         nic = None
         if self.nic is not None:
-            nic = {**self.nic._asdict(), "addresses": [list(x) for x in self.nic.addresses]}
+            nic = {**self.nic._asdict(), **{key: [list(x) for x in getattr(self.nic, key)] for key in _ADDRESSES}}
         return {"place": place, "asked": self.asked, "network": self.network, "id": self.id, "nic": nic}
 
     @property
@@ -40,11 +42,15 @@ class Endpoint(NamedTuple):
         key = "IPv4Address" if family == 4 else "IPv6Address"
         return (self.asked.get("IPAMConfig") or {}).get(key) or None
 
+    @property
+    def link_local(self) -> list[str]:
+        return list(dict.fromkeys((self.asked.get("IPAMConfig") or {}).get("LinkLocalIPs") or ()))
+
 
 def decode(name: str, body: dict[str, Any]) -> Endpoint:
     nic = body["nic"]
     if nic is not None:
-        nic = Nic(**{**nic, "addresses": tuple(Address(*x) for x in nic["addresses"])})
+        nic = Nic(**{**nic, **{key: tuple(Address(*x) for x in nic.get(key, ())) for key in _ADDRESSES}})
     return Endpoint(name, body["asked"], body["network"], body["id"], nic)
 
 

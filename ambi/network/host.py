@@ -334,10 +334,11 @@ def _index(name: str) -> int:
 
 def _configure(network: Network, nic: Nic) -> None:
     """Run inside the namespace. Raises OSError."""
-    sysctl.prepare_link(nic.name, ipv6=any(address.family == 6 for address in nic.addresses))
+    addresses = (*nic.addresses, *nic.extra)
+    sysctl.prepare_link(nic.name, ipv6=any(address.family == 6 for address in addresses))
     index = socket.if_nametoindex(nic.name)
     messages = [rtnl.set_up(index)]
-    messages += [rtnl.new_address(index, address.address, address.prefix) for address in nic.addresses]
+    messages += [rtnl.new_address(index, address.address, address.prefix) for address in addresses]
     if nic.default_route and not network.internal:
         gateways = children.default_routes(network, nic)
         messages += [rtnl.new_default_route(index, gateway) for gateway in gateways]

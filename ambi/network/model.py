@@ -58,7 +58,8 @@ class Nic(NamedTuple):
     """An instance's interface on one network.
 
     name: inside, `eth0`. host_link: the other end's name on the host, at most 15 characters, "" for macvlan and ipvlan.
-    default_route: whether the default routes go this way; one NIC of an instance has them.
+    default_route: whether the default routes go this way; one NIC of an instance has them. extra: addresses on the link that
+    the user gave (`--link-local-ip`) and that no names or ports lead to.
     """
 
     network: str
@@ -68,6 +69,7 @@ class Nic(NamedTuple):
     addresses: tuple[Address, ...]
     host_link: str
     default_route: bool
+    extra: tuple[Address, ...] = ()
 
 
 class Port(NamedTuple):

@@ -357,13 +357,15 @@ def test_from_no_network_to_one_and_back(engine: Networked, runtime: str) -> Non
     before = engine.ok("exec", "it", *files)
     assert engine.ok("exec", "it", "ls", "/sys/class/net") == "lo"
     engine.ok("network", "disconnect", "none", "it")
-    engine.ok("network", "connect", "--alias", "db", "web", "it")
+    engine.ok("network", "connect", "--alias", "db", "--link-local-ip", "169.254.7.7", "web", "it")
+    assert "inet 169.254.7.7/16" in engine.ok("exec", "it", "ip", "address", "show", "eth0")
     address = engine.address("it", "web")
     until(lambda: engine.fetch(address, 80) == b"it\n", "it answers")
     said = engine.ok("exec", "it", *files)
     assert f"{address}\t{engine.inspect('it')['Config']['Hostname']}" in said and "nameserver 172.18.0.1" in said
     assert engine.ok("exec", "it", "nc", "-w", "3", "one", "80") == "one"
     assert engine.ok("exec", "one", "nc", "-w", "3", "db", "80") == "it"
+    assert "169.254" not in said + engine.ok("exec", "one", "nslookup", "db", "172.18.0.1"), "nobody is led to it"
     assert engine.ok("ps", "-q", "--filter", "network=web").split()[0] == engine.inspect("it")["Id"][:12]
     engine.ok("network", "disconnect", "web", "it")
     assert engine.ok("exec", "it", "ls", "/sys/class/net") == "lo"

@@ -59,7 +59,7 @@ def test_what_flags_say_goes_to_the_first_network() -> None:
         (spec(networks={"bridge": {"Aliases": ["a"]}}), "only supported for user-defined networks"),
         (spec(NetworkMode="w", networks={"w": {"IPAMConfig": {"IPv4Address": "10.0.0"}}}), "invalid IPv4 address: 10.0.0"),
         (spec(NetworkMode="w", networks={"w": {"IPAMConfig": {"IPv6Address": "10.0.0.1"}}}), "invalid IPv6 address"),
-        (spec(NetworkMode="w", networks={"w": {"IPAMConfig": {"LinkLocalIPs": ["169.254.1.1"]}}}), "--link-local-ip"),
+        (spec(NetworkMode="w", networks={"w": {"IPAMConfig": {"LinkLocalIPs": ["169.254.1"]}}}), "link-local IP address"),
         (spec(NetworkMode="w", networks={"w": {"Aliases": [""]}}), "cannot be a network alias"),
         (spec(NetworkMode="w", networks={"w": {"MacAddress": "01:00:00:00:00:00"}}), "not a valid mac address"),
         (spec(NetworkMode="w", networks={"w": {"Links": [":"]}}), "bad format for links"),
