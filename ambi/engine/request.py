@@ -140,7 +140,8 @@ def _check_modes(host: Body, isolation: Isolation) -> None:
                 hint=f"leave {flag} out, or run it as a container: --isolation container",
             )
         if mode not in allowed and not shared and not (key == "IpcMode" and mode == "none"):
-            raise InvalidRequest(f"{flag} {mode} is not supported yet", hint=f"leave {flag} out")
+            instead = "; a volume at /dev/shm is memory that containers share: -v NAME:/dev/shm" if key == "IpcMode" else ""
+            raise InvalidRequest(f"{flag} {mode} is not supported", hint=f"leave {flag} out{instead}")
         if mode == "host" and isolation is Isolation.VM:
             raise InvalidRequest(
                 f"{flag} host is not possible for a VM: it has a kernel of its own",

@@ -45,7 +45,7 @@ IPVLAN_FLAGS = {"bridge": 0, "private": 1, "vepa": 2}
 _IFF_UP = 1
 
 # linux/pkt_sched.h, linux/pkt_cls.h
-_RTM_NEWQDISC, _RTM_NEWTFILTER, _NLM_F_REPLACE, _ETH_P_IP = 36, 44, 0x100, 0x0800
+_RTM_NEWQDISC, _RTM_NEWTFILTER, _NLM_F_REPLACE, _ETH_P_ALL = 36, 44, 0x100, 0x0003
 _TC_H_INGRESS, _INGRESS_HANDLE = 0xFFFFFFF1, 0xFFFF0000
 _TCA_KIND, _TCA_OPTIONS, _TCA_BPF_FD, _TCA_BPF_NAME, _TCA_BPF_FLAGS, _TCA_BPF_FLAG_ACT_DIRECT = 1, 2, 6, 7, 8, 1
 
@@ -192,11 +192,11 @@ def new_ingress(index: int) -> Message:
 
 
 def new_ingress_filter(index: int, program: int, name: str) -> Message:
-    """The first filter of the IPv4 packets that link `index` receives, in place of the one that is there: the BPF program
-    with the descriptor `program`, whose verdict counts."""
+    """The first filter of what link `index` receives, in place of the one that is there: the BPF program with the
+    descriptor `program`, whose verdict counts."""
     flags = _number(_TCA_BPF_FLAGS, _TCA_BPF_FLAG_ACT_DIRECT)
     options = attribute(_TCA_OPTIONS, _number(_TCA_BPF_FD, program) + _text(_TCA_BPF_NAME, name) + flags)
-    head = _TCMSG.pack(0, index, 1, _INGRESS_HANDLE, 1 << 16 | socket.htons(_ETH_P_IP))  # handle 1, priority 1
+    head = _TCMSG.pack(0, index, 1, _INGRESS_HANDLE, 1 << 16 | socket.htons(_ETH_P_ALL))  # handle 1, priority 1
     return Message(_RTM_NEWTFILTER, _NLM_F_CREATE | _NLM_F_REPLACE, head + _text(_TCA_KIND, "bpf") + options)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+import struct
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -127,14 +128,19 @@ def test_ports_on_the_hosts_own_loopback(lab: Lab, bridge_filter: str) -> None:
     assert lab.host.dead("127.0.0.9", 8081) and lab.outside.dead(HOST4, 8081) and lab.outside.dead(server.ip4, 81)
 
     hosts, heard = lab.host.listen(70, "127.0.0.1"), lab.host.listen(71, "10.1.0.1", kind=UDP)
+    tagged = lab.host.listen(72, "127.0.0.1", kind=UDP)
+    bridge_mac = described(lab, one)["address"]
     mate.do(_send_loopback_to, "10.1.0.1")
     for flushed in (False, True):
         if flushed:
             nft(lab, "flush", "ruleset")
         assert mate.dead("127.0.0.1", 70)
         assert not _hears(mate, heard), "a packet whose sender says to be the host itself"
+        for tags in TAGS:
+            assert not _hears_frame(mate, bridge_mac, tagged, tags), f"a frame with {len(tags) // 4} tags"
     lab.host.do(subprocess.run, ["tc", "qdisc", "delete", "dev", bridge, "ingress"], check=True)
     assert mate.reach(hosts, "127.0.0.1", 70) and _hears(mate, heard), "else this test shows nothing"
+    assert all(_hears_frame(mate, bridge_mac, tagged, tags) for tags in TAGS), "nor this"
 
     lab.host.do(subprocess.run, ["ip", "link", "delete", bridge], check=True)
     lab.host.net.ensure(one)
@@ -155,6 +161,28 @@ def _send_loopback_to(gateway: str) -> None:
     subprocess.run(["ip", "address", "delete", "127.0.0.1/8", "dev", "lo"], check=True)
     subprocess.run(["ip", "route", "add", "127.0.0.0/8", "via", gateway, "dev", "eth0"], check=True)
     subprocess.run(["ip", "address", "add", "127.0.0.5/32", "dev", "eth0"], check=True)
+
+
+TAGS = (b"", b"\x81\0\0\0", b"\x81\0\0\0" * 2, b"\x88\xa8\0\0\x81\0\0\0")  # of VLAN 0: as good as none
+
+
+def _hears_frame(mate: Instance, bridge_mac: str, heard: socket.socket, tags: bytes) -> bool:
+    """Whether a datagram for `heard`, at an address of 127.0.0.0/8, comes through in a frame of `mate` with `tags`."""
+    heard.settimeout(0.3)
+    address, port = heard.getsockname()
+    source, target = socket.inet_aton(mate.ip4), socket.inet_aton(address)
+    head = struct.pack(">BBHHHBBH4s4s", 0x45, 0, 29, 0, 0, 64, socket.IPPROTO_UDP, 0, source, target)
+    total = sum(struct.unpack(">10H", head))
+    total = (total & 0xFFFF) + (total >> 16)
+    packet = head[:10] + struct.pack(">H", ~total & 0xFFFF) + head[12:] + struct.pack(">HHHHc", 9, port, 9, 0, b"?")
+    macs = bytes.fromhex((bridge_mac + mate.nic.mac).replace(":", ""))
+    with mate.do(socket.socket, socket.AF_PACKET, socket.SOCK_RAW) as wire:
+        wire.bind(("eth0", 0))
+        wire.send(macs + tags + b"\x08\0" + packet)
+        try:
+            return heard.recv(9) == b"?"
+        except TimeoutError:
+            return False
 
 
 def _hears(mate: Instance, heard: socket.socket) -> bool:
@@ -372,7 +400,10 @@ def test_forwarding_is_switched_on_when_needed(lab: Lab) -> None:
     lab.host.do(sysctl.write, "ipv4/ip_forward", "0")
     lab.host.do(sysctl.write, "ipv6/conf/up0/accept_ra", "1")
     lab.host.net.ensure(network("10.1.0.0/24", name="inner", internal=True))
-    read = lambda name: lab.host.do(sysctl.read, name)  # noqa: E731
+
+    def read(name: str) -> str:
+        return lab.host.do(sysctl.read, name)
+
     assert (read("ipv4/ip_forward"), read("ipv6/conf/all/forwarding")) == ("0", "0")
     lab.host.net.ensure(network("10.2.0.0/24", name="four"))
     assert (read("ipv4/ip_forward"), read("ipv6/conf/all/forwarding")) == ("1", "0")
