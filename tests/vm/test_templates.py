@@ -36,6 +36,7 @@ def rig(busybox_tar: Path) -> Iterator[driverkit.Rig]:
     files = boot_files.find(guest_dir())
     (base / "guest").mkdir()
     (base / "guest" / files.release).symlink_to(files.kernel.parent)
+    (guest_dir() / "disks").mkdir(exist_ok=True)
     (base / "guest" / "disks").symlink_to(guest_dir() / "disks")
     yield driverkit.Rig("vm", base, (driverkit.make_layer(tree, "erofs", base / "base.erofs"),), base / "guest")
     shutil.rmtree(base)
