@@ -74,10 +74,14 @@ class Database:
     def __init__(self, path: Path) -> None:
         try:
             self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
-            self._db.execute("PRAGMA journal_mode = WAL")
-            self._db.execute("PRAGMA synchronous = FULL")
-            self._db.execute("PRAGMA foreign_keys = ON")
-            self._upgrade(path)
+            try:
+                self._db.execute("PRAGMA journal_mode = WAL")
+                self._db.execute("PRAGMA synchronous = FULL")
+                self._db.execute("PRAGMA foreign_keys = ON")
+                self._upgrade(path)
+            except BaseException:
+                self._db.close()
+                raise
         except sqlite3.DatabaseError as error:
             raise Corrupt(
                 f"image database {path} cannot be used: {error}", hint=f"restore {path} from a backup, or move it away"
@@ -86,7 +90,6 @@ class Database:
     def _upgrade(self, path: Path) -> None:
         (version,) = self._db.execute("PRAGMA user_version").fetchone()
         if version > VERSION:
-            self._db.close()
             raise Unsupported(
                 f"image database {path} has format {version}, this version reads {VERSION}",
                 hint="use the newer ambi that wrote it, or another --data-root",

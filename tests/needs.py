@@ -59,6 +59,15 @@ def _cgroup_v1() -> str | None:
 
 
 @functools.cache
+def _gcc_12() -> str | None:
+    """The compiler that made the machine code which we carry as text; another one makes other bytes of the same source."""
+    if missing := _program("gcc", "gcc")():
+        return missing
+    version = subprocess.run(["gcc", "-dumpversion"], capture_output=True, text=True, check=True).stdout.strip()
+    return None if version == "12" else f"gcc here is version {version}"
+
+
+@functools.cache
 def _compose_1() -> str | None:
     if missing := _program("docker-compose", "docker-compose")():
         return missing
@@ -93,6 +102,7 @@ NEEDS: dict[str, Callable[[], str | None]] = {
     "compose-2": _compose_2,
     "strace": _program("strace", "strace"),
     "gcc": _program("gcc", "gcc"),
+    "gcc-12": _gcc_12,
 }
 
 

@@ -58,6 +58,7 @@ def tree(root: Path, verb: str, path: str = "/", *, send: bytes = b"", flags: in
 
 
 @pytest.mark.needs("gcc")
+@pytest.mark.needs("gcc-12")
 def test_the_program_is_what_the_sources_give() -> None:
     assert build.build() == PROGRAM, "python -m ambi.linux.tree.build"
 

@@ -1,6 +1,8 @@
 """The state database: versions, migration, what comes back."""
 
 import sqlite3
+from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -29,25 +31,29 @@ def row(id: str = "aa" * 32, name: str = "one") -> Row:
     )
 
 
-def test_instances_come_back_as_they_were(tmp_path: Path) -> None:
-    db = StateDb(tmp_path / "state.db")
+@pytest.fixture
+def db(tmp_path: Path) -> Iterator[StateDb]:
+    with closing(StateDb(tmp_path / "state.db")) as opened:
+        yield opened
+
+
+def test_instances_come_back_as_they_were(db: StateDb, tmp_path: Path) -> None:
     db.insert(row())
     ended = State(Status.EXITED, 0, 137, "the shim was killed", True, 10, 20)
     db.set_state(row().id, ended, "b2")
     db.set_name(row().id, "two")
     db.close()
-    assert StateDb(tmp_path / "state.db").instances() == [row()._replace(name="two", state=ended, boot_id="b2")]
+    with closing(StateDb(tmp_path / "state.db")) as again:
+        assert again.instances() == [row()._replace(name="two", state=ended, boot_id="b2")]
 
 
-def test_a_name_is_taken_once(tmp_path: Path) -> None:
-    db = StateDb(tmp_path / "state.db")
+def test_a_name_is_taken_once(db: StateDb) -> None:
     db.insert(row())
     with pytest.raises(Conflict):
         db.insert(row("bb" * 32))
 
 
-def test_execs_go_with_their_instance(tmp_path: Path) -> None:
-    db = StateDb(tmp_path / "state.db")
+def test_execs_go_with_their_instance(db: StateDb) -> None:
     db.insert(row())
     db.insert_exec(ExecRow("e1", row().id, {"Cmd": ["x"]}, 0, None, "b1"))
     db.set_exec("e1", 7, 3)
@@ -56,9 +62,8 @@ def test_execs_go_with_their_instance(tmp_path: Path) -> None:
     assert db.execs() == [] and db.instances() == []
 
 
-def test_events_are_a_bounded_ring(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_events_are_a_bounded_ring(db: StateDb, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(state, "EVENTS_KEPT", 10)
-    db = StateDb(tmp_path / "state.db")
     for number in range(95):
         db.add_event(Event(number, "container", "start", "id", {"n": str(number)}))
     kept = list(db.events(0))
@@ -68,7 +73,7 @@ def test_events_are_a_bounded_ring(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 def test_a_newer_database_is_refused_and_untouched(tmp_path: Path) -> None:
     path = tmp_path / "state.db"
-    with sqlite3.connect(path) as raw:
+    with closing(sqlite3.connect(path)) as raw:
         raw.execute(f"PRAGMA user_version = {state.VERSION + 1}")
     before = path.read_bytes()
     with pytest.raises(Unsupported) as caught:
@@ -88,10 +93,10 @@ def test_a_change_of_schema_copies_then_migrates(tmp_path: Path, monkeypatch: py
     db = StateDb(path)
     assert db.instances() == [row()]
     db.close()
-    with sqlite3.connect(path) as raw:
+    with closing(sqlite3.connect(path)) as raw:
         assert raw.execute("PRAGMA user_version").fetchone() == (old + 1,)
         raw.execute("INSERT INTO added VALUES (1)")
-    with sqlite3.connect(tmp_path / f"state.db.{old}.bak") as copy:
+    with closing(sqlite3.connect(tmp_path / f"state.db.{old}.bak")) as copy:
         assert copy.execute("PRAGMA user_version").fetchone() == (old,)
         assert copy.execute("SELECT name FROM instances").fetchone() == ("one",)
 
@@ -104,7 +109,7 @@ def test_a_migration_that_fails_changes_nothing(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(state, "VERSION", old + 1)
     with pytest.raises(Corrupt):
         StateDb(path)
-    with sqlite3.connect(path) as raw:
+    with closing(sqlite3.connect(path)) as raw:
         assert raw.execute("PRAGMA user_version").fetchone() == (old,)
         assert raw.execute("SELECT COUNT(*) FROM sqlite_master WHERE name = 'added'").fetchone() == (0,)
 

@@ -3,6 +3,8 @@
 import os
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -123,8 +125,9 @@ def test_a_name_is_reserved_for_one() -> None:
 
 
 @pytest.fixture
-def bus(tmp_path: Path) -> EventBus:
-    return EventBus(StateDb(tmp_path / "state.db"))
+def bus(tmp_path: Path) -> Iterator[EventBus]:
+    with closing(StateDb(tmp_path / "state.db")) as db:
+        yield EventBus(db)
 
 
 def test_events_are_replayed_then_live_and_end(bus: EventBus) -> None:

@@ -29,6 +29,10 @@ RENAMED = {
 }
 
 
+# Fields that newer headers have under another name, or only for the kernel.
+GONE = {"kvm_run.hypercall.pad": "__u32 pad;\n\t\t} hypercall;"}
+
+
 def offsets(name: str, kind: type[ctypes.Structure]) -> dict[str, int]:
     """`field`, and for structs within it `field.part`, to its offset."""
     found = {}
@@ -80,6 +84,8 @@ def test_numbers_sizes_and_offsets_are_the_headers(tmp_path: Path) -> None:
             ours[name] = ctypes.sizeof(kind)
             lines.append(f'P("{name}", sizeof(struct {name}));')
         for field, offset in offsets(name, kind).items():
+            if f"{name}.{field}" in GONE and GONE[f"{name}.{field}"] not in header:
+                continue
             theirs = RENAMED.get(f"{name}.{field}", field)
             ours[f"{name}.{field}"] = offset
             lines.append(f'P("{name}.{field}", offsetof(struct {name}, {theirs}));')

@@ -24,6 +24,7 @@ def status(pid: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
+@pytest.mark.needs("gcc-12")
 def test_what_is_carried_is_what_gcc_makes() -> None:
     assert build() == CODE
 

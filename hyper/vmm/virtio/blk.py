@@ -147,7 +147,7 @@ class Blk(Device):
         ranges = list(_RANGE.iter_unpack(take(pieces, size)))
         most = MAX_DISCARD if kind == DISCARD else MAX_ZEROES
         for sector, count, flags in ranges:
-            if flags & ~(kind == WRITE_ZEROES):
+            if flags & ~int(kind == WRITE_ZEROES):
                 return UNSUPP
             if count > most or self._outside(sector, count * SECTOR):
                 return IOERR
