@@ -37,3 +37,25 @@ def load(host: probe.Host) -> Backend:
     from hyper.qemu.backend import QemuBackend
 
     return QemuBackend()
+
+
+def preload() -> None:
+    """Import what VMs of this host need, into the process that shims are forked from."""
+    if os.environ.get(CHOICE) != QEMU and os.access("/dev/kvm", os.R_OK | os.W_OK) and _tried():
+        import hyper.vmm.backend  # noqa: F401
+    elif probe.find_qemu():
+        import hyper.qemu.backend  # noqa: F401
+
+
+def _tried() -> bool:
+    """Whether KVM is of use, by a try in a process of its own: what that needs is not to stay in this one."""
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            from hyper.kvm.probe import problem
+
+            status = int(problem() is not None)
+        finally:
+            os._exit(status)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0

@@ -26,6 +26,9 @@ NO_VIRTIOFSD = Problem("bind mounts into a virtual machine need virtiofsd", shar
 TCG_LINE = "virtual machines run emulated (TCG), many times slower than with KVM"
 
 
+preload = backends.preload  # of a zygote
+
+
 class VmDriver:
     """Implements ambi.core.driver.Driver."""
 

@@ -23,11 +23,14 @@ class Parkable(Driver, Protocol):
 
 
 def preload() -> dict[str, str]:
-    """Import every driver that can be imported, so that no shim has to; returns why others could not, by isolation."""
+    """Import every driver that can be imported, so that no shim has to, and let it do the same by its `preload`.
+
+    Returns why others could not be imported, by isolation.
+    """
     failures = {}
     for isolation, place in TABLE.items():
         try:
-            import_module(place.partition(":")[0])
+            getattr(import_module(place.partition(":")[0]), "preload", lambda: None)()
         except ImportError as error:
             failures[isolation] = str(error)
     return failures

@@ -3,9 +3,9 @@
     0    8   magic "AMBI-VM\\n"
     8    4   format, little-endian, 1
     12   4   length of the header
-    16   32  sha256 of the header: the snapshot's id
+    16   32  blake2b of the header: the snapshot's id
     48       header, JSON: {"host": {...}, "parent": id or null, "regions": [[gpa, size], ...],
-             "sections": {name: [offset, length, sha256]}}, offsets from the end of the header
+             "sections": {name: [offset, length, blake2b]}}, offsets from the end of the header
              sections, one behind the other, to the end of the file
 
 Sections are the caller's (KVM's state, the devices', the configuration) but for RUNS and DIGESTS, which describe the memory
@@ -17,10 +17,10 @@ is whole but of another format, or of a machine, kernel or ambi that this one is
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import struct
+from _blake2 import blake2b  # hashlib brings OpenSSL with it, which a monitor can do without
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -34,6 +34,7 @@ _HEAD = struct.Struct("<8sII32s")
 MAX_HEADER = 1 << 20
 MAX_FILE = 1 << 28
 PAGE = 4096
+DIGEST = 32  # bytes of blake2b
 RUNS, DIGESTS = "runs", "digests"
 
 # CPUID (function, index, register): the words that say what the processor can do.
@@ -41,6 +42,10 @@ _FEATURES = (
     (1, 0, "ecx"), (1, 0, "edx"), (7, 0, "ebx"), (7, 0, "ecx"), (7, 0, "edx"), (7, 1, "eax"), (0xD, 0, "eax"),
     (0xD, 1, "eax"), (0x80000001, 0, "ecx"), (0x80000001, 0, "edx"), (0x80000008, 0, "ebx"), (0x40000001, 0, "eax"),
 )  # fmt: skip
+
+
+def digest_of(data: bytes) -> bytes:
+    return blake2b(data, digest_size=DIGEST).digest()
 
 
 class Host(NamedTuple):
@@ -122,7 +127,7 @@ def write_state(
     """
     table, at = {}, 0
     for name, data in sections.items():
-        table[name] = [at, len(data), hashlib.sha256(data).hexdigest()]
+        table[name] = [at, len(data), digest_of(data).hex()]
         at += len(data)
     header = json.dumps(
         {"host": host._asdict(), "parent": parent, "regions": [list(region) for region in regions], "sections": table},
@@ -130,7 +135,7 @@ def write_state(
     ).encode()
     if len(header) > MAX_HEADER or at > MAX_FILE - MAX_HEADER - _HEAD.size:
         raise ValueError(f"a state of {len(header)} and {at} bytes")
-    digest = hashlib.sha256(header).digest()
+    digest = digest_of(header)
     try:
         os.ftruncate(fd, 0)
         offset = _HEAD.size
@@ -167,7 +172,7 @@ def read_state(fd: int) -> Saved:
             f"the snapshot has format {form}, and this ambi knows {FORMAT}", hint="use the ambi that made it: ambi version"
         )
     header = data[_HEAD.size : _HEAD.size + length]
-    if length > MAX_HEADER or len(header) != length or hashlib.sha256(header).digest() != digest:
+    if length > MAX_HEADER or len(header) != length or digest_of(header) != digest:
         raise _damaged("its header does not match its checksum")
     try:
         return _parse(digest.hex(), json.loads(header), memoryview(data)[_HEAD.size + length :])
@@ -189,7 +194,7 @@ def _parse(digest: str, header: Any, rest: memoryview) -> Saved:
     sections, end = {}, 0
     for name, (offset, length, expected) in header["sections"].items():
         section = bytes(rest[_number(offset) : offset + _number(length)])
-        if offset != end or len(section) != length or hashlib.sha256(section).hexdigest() != expected:
+        if offset != end or len(section) != length or digest_of(section).hex() != expected:
             raise _damaged(f"its section {name!r} does not match its checksum")
         sections[str(name)] = section
         end += length

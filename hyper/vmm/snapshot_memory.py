@@ -6,22 +6,22 @@ its size, see Chain.check). One with a parent defines the pages that changed sin
 parent's, and their place is a hole.
 
 Two sections of the state file belong to it. RUNS: zlib of (first page, pages) as pairs of u32, ascending: what the file has;
-of a first snapshot, what is not zero. DIGESTS: for each 2 MiB of the file with pages in RUNS, in order, sha256 of those.
+of a first snapshot, what is not zero. DIGESTS: for each 2 MiB of the file with pages in RUNS, in order, blake2b of those.
 """
 
 from __future__ import annotations
 
 import errno
-import hashlib
 import os
 import struct
 import zlib
+from _blake2 import blake2b
 from collections.abc import Iterable, Iterator, Sequence
 
 from ambi.core.errors import Corrupt, from_os_error
 from hyper.kvm.memory import Memory, set_bits
 from hyper.vmm.memory import GuestMemory, Region
-from hyper.vmm.snapshot import DIGESTS, PAGE, RUNS, Saved
+from hyper.vmm.snapshot import DIGEST, DIGESTS, PAGE, RUNS, Saved
 
 Run = tuple[int, int]  # pages of the file: (first, end)
 CHUNK = 512  # pages of a digest, and of a read
@@ -100,7 +100,7 @@ class Chain:
         for (saved, fd), runs, digests in zip(self.layers, self._runs, self._digests, strict=True):
             if number not in digests:
                 continue
-            digest = hashlib.sha256()
+            digest = blake2b(digest_size=DIGEST)
             for start, stop in _clip(runs, first, end):
                 piece = view[(start - first) * PAGE : (stop - first) * PAGE]
                 _read_into(fd, piece, start * PAGE, saved)
@@ -168,9 +168,9 @@ def _digests(saved: Saved, runs: list[Run]) -> dict[int, bytes]:
 
 
 def _write_runs(fd: int, memory: GuestMemory, runs: list[Run]) -> list[bytes]:
-    digests: dict[int, hashlib._Hash] = {}
+    digests: dict[int, blake2b] = {}
     for first, end in _split(runs):
-        digest = digests.setdefault(first // CHUNK, hashlib.sha256())
+        digest = digests.setdefault(first // CHUNK, blake2b(digest_size=DIGEST))
         for start, stop, region, at in _in_regions(memory, first, end):
             piece = memory.regions[region].view[at : at + (stop - start) * PAGE]
             digest.update(piece)

@@ -125,11 +125,11 @@ def test_no_cut_and_no_tail_goes_unseen(files: Files) -> None:
 def forged(header: object, rest: bytes = b"") -> bytes:
     """A file whose checksums are right, whatever it says."""
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
-    return struct.pack("<8sII32s", b"AMBI-VM\n", 1, len(text), hashlib.sha256(text).digest()) + text + rest
+    return struct.pack("<8sII32s", b"AMBI-VM\n", 1, len(text), hashlib.blake2b(text, digest_size=32).digest()) + text + rest
 
 
 def header(**changes: Any) -> dict[str, Any]:
-    digest = hashlib.sha256(b"x").hexdigest()
+    digest = hashlib.blake2b(b"x", digest_size=32).hexdigest()
     return {"host": HOST._asdict(), "parent": None, "regions": [[0, PAGE]], "sections": {"a": [0, 1, digest]}, **changes}
 
 
