@@ -42,7 +42,7 @@ def load(host: probe.Host) -> Backend:
 def preload() -> None:
     """Import what VMs of this host need, into the process that shims are forked from."""
     if os.environ.get(CHOICE) != QEMU and os.access("/dev/kvm", os.R_OK | os.W_OK) and _tried():
-        import hyper.vmm.backend  # noqa: F401
+        import hyper.vmm.backend
     elif probe.find_qemu():
         import hyper.qemu.backend  # noqa: F401
 
