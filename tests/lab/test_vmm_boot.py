@@ -11,11 +11,19 @@ from ambi.core.deadline import Deadline
 from hyper import boot_files
 from hyper.guest.initramfs import character_device, cpio, directory, file
 from hyper.guest.protocol import Type
+from hyper.vmm.layout import ram
 from tests.harness import guest_dir
 from tests.monitorkit import Monitor, exits
 
 MOST_EXITS = 260  # to user space, from start to reset with one CPU; 210 were measured, and 384 by the first prototype
 MORE_PER_CPU = 10
+INIT = b"""#!/bin/busybox sh
+/bin/busybox mount -t proc proc /proc
+echo "CPUs: $(/bin/busybox nproc)"
+/bin/busybox grep "System RAM" /proc/iomem
+[ $end = exit ] && exit 3
+exec /bin/busybox $end -f
+"""
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +41,8 @@ def initramfs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         character_device("dev/console", 5, 1, 0o600),
         directory("bin"),
         file("bin/busybox", Path(busybox).read_bytes(), 0o755),
-        file("init", b"#!/bin/busybox sh\n[ $end = exit ] && exit 3\nexec /bin/busybox $end -f\n", 0o755),
+        directory("proc"),
+        file("init", INIT, 0o755),
     ]
     path = tmp_path_factory.mktemp("initramfs") / "end.cpio"
     path.write_bytes(cpio(entries))
@@ -54,19 +63,31 @@ def test_it_boots_to_the_agent_with_few_exits(files: boot_files.BootFiles, kerne
 
 
 @pytest.mark.parametrize(
-    "kernel,cpus,words,ending,status",
+    "kernel,cpus,memory_mib,words,ending,status",
     [
-        ("vmlinux", 2, "end=poweroff", "guest-shutdown", 0),
-        ("vmlinux", 4, "end=reboot reboot=k", "guest-reset", 3),
-        ("vmlinuz", 1, "end=exit", "guest-panic: ", 4),
+        ("vmlinux", 2, 3200, "end=poweroff", "guest-shutdown", 0),
+        ("vmlinux", 4, 128, "end=reboot reboot=k", "guest-reset", 3),
+        ("vmlinuz", 1, 96, "end=exit", "guest-panic: ", 4),
     ],
 )
-def test_an_end_is_seen_as_what_it_is(
-    files: boot_files.BootFiles, initramfs: Path, kernel: str, cpus: int, words: str, ending: str, status: int
+def test_it_has_what_was_asked_for_and_its_end_is_seen_as_what_it_is(
+    files: boot_files.BootFiles,
+    initramfs: Path,
+    kernel: str,
+    cpus: int,
+    memory_mib: int,
+    words: str,
+    ending: str,
+    status: int,
 ) -> None:
-    """The agent's reset is by a triple fault; these are the other ways."""
-    with Monitor(files.kernel.with_name(kernel), initramfs, "--append", words, cpus=cpus) as monitor:
+    """3200 MiB go around the hole below 4 GiB. The agent's reset is by a triple fault; these are the other ends."""
+    with Monitor(
+        files.kernel.with_name(kernel), initramfs, "--append", words, cpus=cpus, memory=f"{memory_mib}M"
+    ) as monitor:
         console, said = monitor.end()
+    last = ram(memory_mib << 20)[-1]
+    assert f"CPUs: {cpus}" in console, console + said
+    assert f"-{last.gpa + last.size - 1:08x} : System RAM" in console, console
     assert monitor.process.returncode == status, console + said
     assert ending in said
     if status == 4:
