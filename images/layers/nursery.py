@@ -12,13 +12,13 @@ Requests of the engine, one at a time:
         -> {"pid": of the waiter} or {"error": text}
     {"do": "end", "pid": of a waiter, "kill": bool}
         -> {"status": of its exit, 128 + N for signal N}, once it is gone
-
-Workers that nobody asks about are reaped with the next request.
 """
 
 from __future__ import annotations
 
 import os
+import select
+import signal
 import socket
 import sys
 import threading
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 IDLE_S = 60.0
+_REMEMBERED = 64  # ended workers whose status may still be asked for
 
 
 class Nursery:
@@ -89,12 +90,12 @@ class Nursery:
 
     def _end(self, pid: int, *, kill: bool) -> int:
         if self._sock is None:
-            return 128 + 9  # the nursery was killed, and all that it had forked with it
+            return 128 + signal.SIGKILL  # the nursery was killed, and all that it had forked with it
         try:
             return int(self._exchange({"do": "end", "pid": pid, "kill": kill})["status"])
         except (AmbiError, OSError):
             self._stop()
-            return 128 + 9
+            return 128 + signal.SIGKILL
 
     def _ask(self, request: dict[str, Any], sock: socket.socket) -> dict[str, Any]:
         """The answer of the nursery, of a new one where the old one was killed."""
@@ -180,38 +181,68 @@ def main() -> None:
         pass
 
 
+class _Children:
+    """Those that run, by descriptors that become readable at their end, and how those of late have ended."""
+
+    def __init__(self, poll: select.poll) -> None:
+        self._poll = poll
+        self._running: dict[int, int] = {}  # pidfd to pid
+        self._ended: dict[int, int] = {}
+
+    def add(self, pid: int) -> None:
+        fd = os.pidfd_open(pid)
+        self._running[fd] = pid
+        self._poll.register(fd, select.POLLIN)
+
+    def reap(self, fd: int) -> None:
+        """Wait for the child of the descriptor `fd`."""
+        pid = self._running.pop(fd)
+        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        self._poll.unregister(fd)
+        os.close(fd)
+        self._ended[pid] = status if status >= 0 else 128 - status
+        while len(self._ended) > _REMEMBERED:
+            del self._ended[next(iter(self._ended))]
+
+    def end(self, pid: int, *, kill: bool) -> int:
+        """Its status, once it is gone."""
+        fd = next((fd for fd, running in self._running.items() if running == pid), -1)
+        if fd >= 0:
+            if kill:
+                signal.pidfd_send_signal(fd, signal.SIGKILL)
+            self.reap(fd)
+        return self._ended.get(pid, 0)
+
+
 def _serve(sock: socket.socket, work: Callable[..., NoReturn]) -> None:
-    children: set[int] = set()
-    while (message := unix.receive(sock)) is not None:
-        request = message.body
-        for pid in list(children):
-            if request.get("pid") != pid and os.waitpid(pid, os.WNOHANG)[0]:
-                children.discard(pid)
-        if request["do"] == "fork":
-            try:
-                pid = os.fork()
-            except OSError as error:  # too many processes; those that are there go on
-                unix.send(sock, {"error": error.strerror})
-                message.close()
-                continue
-            if pid == 0:
-                work(message.fds[0], ahead=request["ahead"], load=request["load"])
-            children.add(pid)
-            unix.send(sock, {"pid": pid})
-        else:
-            unix.send(sock, {"status": _ended(request["pid"], children, kill=request["kill"])})
-        message.close()
+    poll = select.poll()
+    poll.register(sock, select.POLLIN)
+    children = _Children(poll)
+    while True:
+        for fd, _ in poll.poll():
+            if fd != sock.fileno():
+                children.reap(fd)
+                break  # the list is of the time before
+            message = unix.receive(sock)
+            if message is None:
+                return
+            unix.send(sock, _answer(message, children, work))
+            message.close()
+            break
 
 
-def _ended(pid: int, children: set[int], *, kill: bool) -> int:
-    """Its status, once it is gone. A pid that is not in `children` was reaped: another process may have it now."""
-    if pid not in children:
-        return 0
-    children.discard(pid)
-    if kill:
-        os.kill(pid, 9)
-    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    return status if status >= 0 else 128 - status
+def _answer(message: unix.Message, children: _Children, work: Callable[..., NoReturn]) -> dict[str, Any]:
+    request = message.body
+    if request["do"] == "end":
+        return {"status": children.end(request["pid"], kill=request["kill"])}
+    try:
+        pid = os.fork()
+    except OSError as error:  # too many processes; those that are there go on
+        return {"error": error.strerror}
+    if pid == 0:
+        work(message.fds[0], ahead=request["ahead"], load=request["load"])
+    children.add(pid)
+    return {"pid": pid}
 
 
 if __name__ == "__main__":

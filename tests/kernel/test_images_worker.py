@@ -148,6 +148,9 @@ def test_an_idle_nursery_ends(monkeypatch: pytest.MonkeyPatch) -> None:
                 assert process is not None
                 time.sleep(0.2)
                 assert process.poll() is None
+            while Path(f"/proc/{pid}").exists():  # its end is seen when it comes, not with the next request
+                time.sleep(0.05)
+            assert process.poll() is None
             nursery.leave(pid, kill=False)
             assert process.wait(timeout=30) == 0
     finally:
