@@ -24,6 +24,7 @@ from hyper.vm.words import WORDS
 from hyper.vmm.config import Config
 from hyper.vmm.machine import Machine
 from hyper.vmm.main import SWITCH_S
+from hyper.vmm.virtio.balloon import Balloon
 from tests.vm.guest_boot import ALL_CAPABILITIES, BOOT_S, MOUNTS, sh
 
 GUEST_DIR = Path(__file__).parents[1] / "build" / "guest"
@@ -57,7 +58,7 @@ class Guest:
                     console=os.open(self.console, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600),
                     agent=agent.detach(), **parts,
                 )  # fmt: skip
-                _run(config, figures)
+                _run(config._replace(spares=1), figures)
             except BaseException:
                 traceback.print_exc()
             os._exit(1)
@@ -88,8 +89,16 @@ class Guest:
         assert output.exit == 0, f"{script}: {output.exit}: {bytes(output.stderr)!r}"
         return output.stdout.decode()
 
-    def figures(self, word: str = "figures") -> dict[str, Any]:
-        """exits: to user space by cause; devices: counters by name; kernel: KVM's statistics. at: when, in seconds."""
+    def balloon(self, size_bytes: int) -> None:
+        """Ask the guest for so much of its memory."""
+        self._tell(f"balloon {size_bytes}")
+
+    def figures(self) -> dict[str, Any]:
+        """exits: to user space by cause; devices: counters by name; kernel: KVM's statistics; balloon: what the guest has
+        given, in bytes. at: when, in seconds."""
+        return self._tell("figures")
+
+    def _tell(self, word: str) -> dict[str, Any]:
         self._figures.send(word.encode())
         self._figures.settimeout(BOOT_S)
         data = b""
@@ -111,11 +120,17 @@ def _run(config: Config, figures: socket.socket) -> None:
     sys.setswitchinterval(SWITCH_S)
     loop = Loop()
     machine = Machine(config, loop)
+    balloon = Balloon()
+    slot = machine.plug(balloon)
 
     def asked(_: int) -> None:
-        if not figures.recv(100):
+        words = figures.recv(100).split()
+        if not words:
             os._exit(0)
+        if words[0] == b"balloon":
+            machine.transports[slot].run(lambda: balloon.resize(int(words[1])))
         found = {
+            "balloon": balloon.actual,
             "exits": machine.exits(),
             "devices": machine.counters(),
             "kernel": machine.kernel_stats(),

@@ -10,7 +10,8 @@ import secrets
 import socket
 import subprocess
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ PATIENCE_S = 250  # a bound against hanging for ever, not a measure
 NICS = (("10.77.1", b"\x02\xab\0\0\0\1"), ("10.77.2", b"\x02\xab\0\0\0\2"))  # the first with vhost, the second without
 DISK_BYTES = 64 << 20
 MEMORY_MIB = 256
+BALLOON = 16 << 20
 
 
 class Rig:
@@ -175,6 +177,40 @@ def test_a_disk_that_shrinks(rig: Rig) -> None:
     rig.guest.run("dd if=/dev/vdb of=/dev/null bs=4k count=1 iflag=direct")
     os.truncate(rig.disk, DISK_BYTES)
     rig.guest.run(read)
+
+
+def test_memory_goes_back_to_the_host(rig: Rig) -> None:
+    """What the guest no longer uses: as it reports it, and as the balloon asks for it. And the guest gets it back."""
+    guest = rig.guest
+    use = "dd if=/dev/zero of=/dev/shm/f bs=1M count=40 && rm /dev/shm/f"
+    guest.run(use)
+    before = _resident(guest.pid)
+    wait_until(lambda: _resident(guest.pid) < before - (24 << 20))
+    assert guest.figures()["devices"]["balloon7"]["reported"] > 24 << 20
+    free = _free(guest)
+    guest.balloon(BALLOON)
+    wait_until(lambda: guest.figures()["balloon"] == BALLOON)
+    assert _free(guest) < free - BALLOON // 2
+    guest.balloon(0)
+    wait_until(lambda: guest.figures()["balloon"] == 0)
+    guest.run(use)
+
+
+def _free(guest: Guest) -> int:
+    return int(guest.run("grep MemFree /proc/meminfo").split()[1]) << 10
+
+
+def wait_until(true: Callable[[], bool]) -> None:
+    by = Deadline.after(BOOT_S)
+    while not true():
+        by.check("the guest's memory")
+        time.sleep(0.2)
+
+
+def _resident(pid: int) -> int:
+    """Memory of the machine, which is in a memfd: bytes that the process has mapped."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return int(status.partition("RssShmem:")[2].split()[0]) << 10
 
 
 def _count(figures: dict[str, Any]) -> int:
