@@ -57,18 +57,17 @@ class Piece(NamedTuple):
 
 
 def ram(memory_bytes: int) -> tuple[Piece, ...]:
-    """Where `memory_bytes` go. InvalidRequest for a size that no machine of ours has."""
+    """Where the whole MiB of `memory_bytes` go. InvalidRequest for a size that no machine of ours has."""
     if not MIN_MEMORY <= memory_bytes <= MAX_MEMORY:
         raise InvalidRequest(
             f"a VM cannot have {memory_bytes / MIB:g} MiB of memory, but {MIN_MEMORY // MIB} MiB to {MAX_MEMORY // GIB} GiB",
             hint="give it another size, for example --memory 256m",
         )
-    if memory_bytes % HUGE_PAGE:
-        raise InvalidRequest(f"a VM's memory is a multiple of 2 MiB; {memory_bytes} bytes are not")
-    low = Piece(0, min(memory_bytes, RAM_HOLE), 0)
-    if memory_bytes <= RAM_HOLE:
+    size = memory_bytes & -MIB
+    low = Piece(0, min(size, RAM_HOLE), 0)
+    if size <= RAM_HOLE:
         return (low,)
-    return low, Piece(RAM_ABOVE, memory_bytes - RAM_HOLE, RAM_HOLE)
+    return low, Piece(RAM_ABOVE, size - RAM_HOLE, RAM_HOLE)
 
 
 def slot_address(slot: int) -> int:
