@@ -35,8 +35,8 @@ def load(file: BootFile, memory: GuestMemory, kernel_end: int, limit: int) -> Pl
     start = (limit - file.size) & ~(PAGE - 1)
     if start < kernel_end:
         raise InvalidRequest(
-            f"the initramfs has {file.size >> 20} MiB, and beside the kernel there are "
-            f"{max(0, limit - kernel_end) >> 20} MiB of memory",
+            f"the initramfs has {file.size >> 10} KiB, and beside the kernel there are "
+            f"{max(0, limit - kernel_end) >> 10} KiB of memory",
             hint="give the VM more memory, for example --memory 512m",
         )
     view = memory.view(start, file.size)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from ambi.core.errors import InvalidRequest
 from hyper.vmm.boot import acpi, bzimage, e820, elf, initramfs, params, registers
 from hyper.vmm.boot.file import BootFile
-from hyper.vmm.layout import BOOT_PARAMS, COMMAND_LINE, HUGE_PAGE, START_INFO, Piece
+from hyper.vmm.layout import BOOT_PARAMS, COMMAND_LINE, PAGE, START_INFO, Piece
 from hyper.vmm.memory import GuestMemory
 
 HEAD_BYTES = 0x206  # enough to recognise any kernel by
@@ -69,7 +69,7 @@ def _load_kernel(file: BootFile, memory: GuestMemory, low_ram: int) -> _Kernel:
     bzimage.load(file, header, memory, start)
     end = start + max(header.init_bytes, header.image_bytes)
     entry = registers.Entry(start + bzimage.ENTRY_64, pvh=False)
-    return _Kernel(entry, _aligned(end), header.raw, header.initramfs_max + 1, header.cmdline_bytes or 255)
+    return _Kernel(entry, _aligned(end), header.raw, header.initramfs_max + 1, header.cmdline_bytes)
 
 
 def _load_elf(file: BootFile, memory: GuestMemory, low_ram: int) -> _Kernel:
@@ -84,7 +84,7 @@ def _load_elf(file: BootFile, memory: GuestMemory, low_ram: int) -> _Kernel:
 
 
 def _aligned(address: int) -> int:
-    return address + HUGE_PAGE - 1 & -HUGE_PAGE
+    return address + PAGE - 1 & -PAGE
 
 
 def _write_cmdline(memory: GuestMemory, cmdline: str, limit: int) -> None:
