@@ -121,5 +121,5 @@ def _wait(fd: int, ended: int, by: Deadline) -> None:
     ready = dict(poll.poll(None if left is None else int(left * 1000 + 0.999)))
     if not ready:
         raise DeadlineExceeded("a child did not open its file in time")
-    if fd not in ready:
+    if not ready.get(fd, 0) & select.POLLIN:
         raise Unavailable("a child ended before it could be given a file")

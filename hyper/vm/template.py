@@ -121,17 +121,23 @@ def _make(templates: Templates, hardware: Hardware, draft: Draft, place: Place, 
         console, console_fd = handles.socket_pair()
         blank = hardware._replace(agent=agent_fd, console=console_fd, memory=Memory(draft.memory, shared=True), blank=True)
         with agent, console:
-            monitor = templates.boot(blank, place._replace(output=output, handles=handles), by)
             try:
-                _meet(agent, monitor.child.pidfd, by)
-                state = templates.save(monitor, by)
+                monitor = templates.boot(blank, place._replace(output=output, handles=handles), by)
+                state = _saved(templates, monitor, agent, by)
             except Unavailable as error:
                 raise type(error)(f"{error.message}{_last_words(console, output)}") from error
-            finally:
-                monitor.child.kill()
-                monitor.child.close()
-                monitor.close()
     draft.publish(state)
+
+
+def _saved(templates: Templates, monitor: Monitor, agent: socket.socket, by: Deadline) -> bytes:
+    """The state of the guest once its agent answers; its VMM is ended."""
+    try:
+        _meet(agent, monitor.child.pidfd, by)
+        return templates.save(monitor, by)
+    finally:
+        monitor.child.kill()
+        monitor.child.close()
+        monitor.close()
 
 
 def _meet(agent: socket.socket, ended: int, by: Deadline) -> None:
