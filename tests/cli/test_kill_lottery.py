@@ -25,7 +25,7 @@ from tests.harness import EngineUnderTest
 
 ROUNDS = int(os.environ.get("AMBI_LOTTERY_ROUNDS", "8"))
 SEED = int(os.environ.get("AMBI_LOTTERY_SEED", "20"))
-VICTIMS = ("engine", "zygote", "shim", "vmm", "vm-shim", "worker")
+VICTIMS = ("engine", "zygote", "shim", "vmm", "vm-shim", "worker", "nursery")
 SWEPT_WITHIN_S = 10.0  # promised are 2; the rest is for a machine that does other work too
 
 
@@ -101,20 +101,20 @@ class Table:
             return pid
         if kind == "zygote":
             return self.engine.zygote()
-        if kind == "worker":
-            return self._worker()
+        if kind in ("worker", "nursery"):
+            return self._worker(kind)
         name = "box" if kind == "shim" else "guest"
         shim = self.engine.shims()[self.ids[name]]
         return shim if kind != "vmm" else _descendant(shim, "qemu")
 
-    def _worker(self) -> int:
-        """The process below the engine that parses the import; waits for it to appear."""
+    def _worker(self, kind: str) -> int:
+        """The process that parses the import, or the one below the engine that forked it; waits for both to appear."""
         end = time.monotonic() + 10
         while time.monotonic() < end:
             engine = self.engine.pid
             for pid in _children(engine) if engine else []:
-                if pid != self.engine.zygote():
-                    return pid
+                for worker in _children(pid) if pid != self.engine.zygote() else []:
+                    return worker if kind == "worker" else pid
         pytest.fail("no worker was seen during the import")
 
 
@@ -171,7 +171,7 @@ def _round(table: Table, kind: str, die: random.Random, big: Path) -> None:
     imported: list[subprocess.CompletedProcess[bytes]] = []
     importer = threading.Thread(target=lambda: imported.append(engine.docker("import", str(big), "big")))
     importer.start()
-    if kind != "worker":
+    if kind not in ("worker", "nursery"):
         time.sleep(die.uniform(0, 0.5))
     victim = table.victim(kind)
     os.kill(victim, signal.SIGKILL)
@@ -183,9 +183,9 @@ def _round(table: Table, kind: str, die: random.Random, big: Path) -> None:
     else:
         table.await_state("box", "true 0")  # asked through our client, which starts the engine again
         assert table.state("guest") == "true 0"
-    if kind not in ("engine", "worker"):
+    if kind not in ("engine", "worker", "nursery"):
         assert imported[0].returncode == 0, imported[0].stderr.decode()
-    if kind == "worker":
+    if kind in ("worker", "nursery"):
         assert imported[0].returncode != 0 and imported[0].stderr
     again = engine.docker("import", str(big), "big")
     assert again.returncode == 0, again.stderr.decode()
