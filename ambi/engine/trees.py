@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, BinaryIO, NamedTuple
 
+from ambi.core.deadline import Deadline
 from ambi.core.errors import AmbiError, Conflict, NotFound, Unavailable, from_os_error
 from ambi.core.model import Isolation
 from ambi.core.plan import LAUNCH_FILE
@@ -28,6 +29,7 @@ from ambi.shim.client import ShimConnection
 
 log = logging.getLogger(__name__)
 
+FILES_S = 10.0  # for the small files of a guest, which may not answer
 LINGER_S = 5.0  # for a guest that was booted only to be looked into
 PIPE_BYTES = 1 << 20
 F_SETPIPE_SZ = 1031  # linux/fcntl.h
@@ -95,7 +97,7 @@ def put(core: Core, id: str, path: str, chunks: Iterable[bytes], *, no_overwrite
 def write_files(connection: ShimConnection, files: dict[str, str]) -> None:
     """Write `files` (absolute path to content) of a running instance: into what is mounted there, else as files of root's.
 
-    Raises as `put` does.
+    Raises as `put` does, and DeadlineExceeded.
     """
     import tarfile
 
@@ -105,13 +107,17 @@ def write_files(connection: ShimConnection, files: dict[str, str]) -> None:
             member = tarfile.TarInfo(path.lstrip("/"))
             member.size = len(text.encode())
             tar.addfile(member, io.BytesIO(text.encode()))
-    _put(connection, "/", [archive.getvalue()], no_overwrite=True, copy_ids=False)
+    by = Deadline.after(FILES_S)
+    _put(connection, "/", [archive.getvalue()], no_overwrite=True, copy_ids=False, by=by)
 
 
-def _put(connection: ShimConnection, path: str, chunks: Iterable[bytes], *, no_overwrite: bool, copy_ids: bool) -> None:
-    flags: dict[str, Any] = {"no_overwrite_dir_non_dir": no_overwrite, "copy_ids": copy_ids}
+def _put(
+    connection: ShimConnection, path: str, chunks: Iterable[bytes], *, no_overwrite: bool, copy_ids: bool,
+    by: Deadline | None = None,
+) -> None:  # fmt: skip
+    fields: dict[str, Any] = {"path": path, "no_overwrite_dir_non_dir": no_overwrite, "copy_ids": copy_ids}
     reader, writer = _pipe()
-    job = _Job(lambda: connection.call("tree", fds=[reader], verb="put", path=path, **flags), lambda: os.close(reader))
+    job = _Job(lambda: connection.call("tree", fds=[reader], by=by, verb="put", **fields), lambda: os.close(reader))
     try:
         _write_all(writer, chunks)
     finally:
