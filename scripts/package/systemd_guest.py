@@ -19,7 +19,7 @@ CGROUPS = Path("/sys/fs/cgroup")
 SOCKET = Path("/run/ambi/ambi.sock")
 MARK = Path("/var/lib/check-first-boot")
 MEMORY_BYTES = 64 << 20
-SECONDS = 60.0
+SECONDS = 180.0
 
 
 def run(*argv: str) -> str:
