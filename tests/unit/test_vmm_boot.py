@@ -192,7 +192,7 @@ def test_what_is_no_good_kernel_is_refused_by_name(rig: Rig, image: bytes, kind:
         (INITRAMFS[:110] + b"dev\0" + b"x" * 200, Corrupt, "damaged at byte"),
         (INITRAMFS.replace(b"0000000C", b"FFFFFFFF"), Corrupt, "truncated"),
         (INITRAMFS + b"garbage!", Corrupt, "damaged at byte"),
-        (INITRAMFS + bytes(100 * MIB), InvalidRequest, "initramfs has 10240. KiB, and beside the kernel there are 81920 KiB"),
+        (INITRAMFS + bytes(100 * MIB), InvalidRequest, "has 10240. KiB, and beside the kernel there are 81920 KiB"),
     ],
 )  # fmt: skip
 def test_what_is_no_good_initramfs_is_refused_by_name(rig: Rig, archive: bytes, kind: type[AmbiError], words: str) -> None:
