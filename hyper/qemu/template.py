@@ -13,7 +13,7 @@ import select
 from pathlib import Path
 
 from ambi.core.deadline import Deadline
-from ambi.core.errors import DeadlineExceeded, Internal, Unavailable, from_os_error
+from ambi.core.errors import DeadlineExceeded, Internal, Unavailable, Unsupported, from_os_error
 from ambi.linux.handover import Handover
 from hyper import probe
 from hyper.qemu import argv
@@ -32,7 +32,9 @@ class QemuTemplates:
     """Implements hyper.vm.backend.Templates."""
 
     def words(self, hardware: Hardware) -> tuple[str, ...]:
-        qemu = probe.find_qemu() or ""
+        qemu = probe.find_qemu()
+        if qemu is None:
+            raise Unsupported("there is no QEMU", hint="apt-get install qemu-system-x86")
         info = os.stat(qemu)
         same = hardware._replace(
             name="", kernel=0, initramfs=0, agent=0, console=0, control=0, memory=Memory(0, shared=True), blank=True

@@ -306,6 +306,28 @@ def test_qmp_answers_events_and_refusals() -> None:
     client.close()
 
 
+def test_qmp_waits_for_an_event_and_hands_descriptors_over() -> None:
+    client, qemu = qmp()
+    qemu.sendall(b'{"QMP": {}}\n{"return": {}}\n{"event": "RESUME"}\n{"return": {}}\n')
+    reader, writer = os.pipe()
+    client.send_fd("state", writer, Deadline.after(5))
+    data, fds, _, _ = socket.recv_fds(qemu, 200, 2)
+    assert json.loads(data) == {"execute": "getfd", "arguments": {"fdname": "state"}} and len(fds) == 1
+    os.write(fds[0], b"here")
+    assert os.read(reader, 9) == b"here"
+    client.wait_for("RESUME", Deadline.after(5))  # it has come already
+    qemu.sendall(b'{"event": "STOP"}\n{"event": "MIGRATION"}\n')
+    client.wait_for("MIGRATION", Deadline.after(5))
+    with pytest.raises(DeadlineExceeded):
+        client.wait_for("SHUTDOWN", Deadline.after(0.05))
+    qemu.close()
+    with pytest.raises(Unavailable):
+        client.wait_for("SHUTDOWN", Deadline.after(5))
+    client.close()
+    for fd in (reader, writer, fds[0]):
+        os.close(fd)
+
+
 @pytest.mark.parametrize(
     "noise", [b"hello\n", b"[1]\n", b"{}\n", b"x" * (2 << 20), b""], ids=["text", "list", "object", "long", "end"]
 )
