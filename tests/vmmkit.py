@@ -98,8 +98,15 @@ class Guest:
         given, in bytes. at: when, in seconds."""
         return self._tell("figures")
 
+    def ending(self) -> dict[str, Any]:
+        """Wait for the machine to end by itself: its cause and detail."""
+        return self._line()
+
     def _tell(self, word: str) -> dict[str, Any]:
         self._figures.send(word.encode())
+        return self._line()
+
+    def _line(self) -> dict[str, Any]:
         self._figures.settimeout(BOOT_S)
         data = b""
         while not data.endswith(b"\n"):
@@ -143,4 +150,5 @@ def _run(config: Config, figures: socket.socket) -> None:
     if hasattr(machine, "start"):
         machine.start()
     ending = machine.run()
+    figures.sendall(json.dumps(ending._asdict()).encode() + b"\n")
     sys.stderr.write(f"the machine ended: {ending}\n")

@@ -147,6 +147,7 @@ class Machine:
         slot = len(self.transports)
         base = layout.slot_address(slot)
         transport = mmio.Transport(self.vm, self.memory, self._page(slot), base, layout.slot_gsi(slot), device, self._loop)
+        transport.broken = lambda why: self.end("device", f"{device.name}{slot}: {why}")
         self.transports.append(transport)
         self._undo.add(f"close the {device.name} device", transport.close)
         self.mmio.add(base, layout.PAGE, transport)

@@ -85,8 +85,8 @@ class Rig:
             client = socket.socket(socket.AF_UNIX)
             client.connect(str(directory / "fs"))
             options = share._options(exe, directory / "tree", shared=False)
-            server = subprocess.Popen([exe, f"--fd={listener.fileno()}", *options], pass_fds=[listener.fileno()])
-        stack.callback(server.wait, 20)
+            self.server = subprocess.Popen([exe, f"--fd={listener.fileno()}", *options], pass_fds=[listener.fileno()])
+        stack.callback(self.server.wait, 20)
         return client.detach()
 
     def _tap(self, number: int) -> int:
@@ -198,6 +198,13 @@ def test_memory_goes_back_to_the_host(rig: Rig) -> None:
 
 def _free(guest: Guest) -> int:
     return int(guest.run("grep MemFree /proc/meminfo").split()[1]) << 10
+
+
+def test_a_server_of_files_that_dies_ends_the_machine(rig: Rig) -> None:
+    """The last test: a workload whose files never answer is not left to hang."""
+    rig.server.kill()
+    ending = rig.guest.ending()
+    assert ending["cause"] == "device" and ending["detail"].startswith("fs6: the host: ")
 
 
 def wait_until(true: Callable[[], bool]) -> None:

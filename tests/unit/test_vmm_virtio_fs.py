@@ -189,10 +189,13 @@ def test_save_and_go_on(guest: Guest) -> None:
 
 def test_server_that_ends(guest: Guest) -> None:
     guest.start()
+    told: list[str] = []
+    guest.transport.broken = told.append
     guest.server.sock.shutdown(socket.SHUT_RDWR)
     guest.server.join(10)
     guest.turn()
-    assert "has ended" in guest.transport.failure and guest.read(reg.STATUS) & reg.NEEDS_RESET
+    assert told == [guest.transport.failure] and "has ended" in told[0]
+    assert guest.read(reg.STATUS) & reg.NEEDS_RESET
     guest.reset()
     guest.start()
     assert guest.read(reg.STATUS) & reg.NEEDS_RESET, "there is nobody to serve it"

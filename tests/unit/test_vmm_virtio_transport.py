@@ -70,6 +70,7 @@ def echo(driver: Driver, text: bytes, index: int = 0, *, indirect: bool = False)
 
 def broken(driver: Driver, index: int = 0) -> str:
     """Kick, see that the device says it needs a reset, and that it works after one; what it says of why."""
+    driver.transport.broken = pytest.fail  # that is for what the host did
     driver.kick(index)
     assert driver.read(reg.STATUS) & reg.NEEDS_RESET
     assert driver.interrupted() and driver.read(reg.INTERRUPT_STATUS) == 3

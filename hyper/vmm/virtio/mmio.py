@@ -49,7 +49,8 @@ def clear(page: memoryview) -> None:
 class Transport:
     """One device at `base`. page: its 4 KiB of registers, writable here and read-only in the guest.
 
-    It owns the device: `close` closes both. `failure` is why the device stopped, "" while it has not.
+    It owns the device: `close` closes both. `failure` is why the device stopped, "" while it has not. `broken` is called,
+    from any thread, with that when it was the host's doing, which no reset mends.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class Transport:
         self.memory = memory
         self.device = device
         self.failure = ""
+        self.broken: Callable[[str], None] = lambda why: None
         self.writes = 0  # exits to us
         self.interrupts = 0
         self._page = page
@@ -227,6 +229,7 @@ class Transport:
             self._fail(str(error))
         except OSError as error:
             self._fail(f"the host: {error}")
+            self.broken(self.failure)
 
     def _tell_config(self) -> None:
         self._words[reg.INTERRUPT_STATUS // 4] = reg.USED_BUFFER | reg.CONFIG_CHANGE
