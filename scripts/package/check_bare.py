@@ -103,7 +103,7 @@ def listing(root: Path) -> set[str]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("suite", metavar="SUITE", help="bookworm or trixie")
-    parser.add_argument("--then", metavar="COMMAND", default="true")
+    parser.add_argument("--then", metavar="COMMAND")
     options = parser.parse_args()
     if not shutil.which("slirp4netns"):
         sys.exit("error: slirp4netns is missing\nhint: apt-get install slirp4netns")
@@ -112,7 +112,7 @@ def main() -> int:
         make_root(root, options.suite)
         before = listing(root)
         steps = ("scripts/quickstart", "scripts/quickstart", options.then, "scripts/uninstall")
-        shown = "; ".join(f"echo '$ {step}'; {step}" for step in steps)
+        shown = "; ".join(f"echo '$ {step}'; {step}" for step in steps if step)
         status = inside(root, f"set -e; {shown}")
         if status:
             sys.exit(f"error: on {options.suite} it ended with {status}")
