@@ -155,6 +155,7 @@ class Bench:
         memory = GuestMemory([(RAM, Buffer(self.ram)), *more])
         self.device, self.host = device, host
         self.transport = Transport(Quiet(), memory, page, 0, 0, device, self.loop)
+        self.transport.broken = self._broken
         self.available = [0] * len(device.queue_sizes)
         self._setup = [
             (offset, value.to_bytes(4, "little"))
@@ -162,6 +163,9 @@ class Bench:
             for offset, value in _beginning(features, len(device.queue_sizes))
         ]
         self._half = len(self._setup) // 2
+
+    def _broken(self, why: str) -> None:
+        raise AssertionError(f"a driver makes the host fail: {why}")
 
     def begin(self, kind: int) -> None:
         """kind: an even number for event indices, an odd one for the flags of old."""
