@@ -18,7 +18,7 @@ def name(host: probe.Host) -> str:
     wanted = os.environ.get(CHOICE, "")
     if wanted in (OURS, QEMU):
         return wanted
-    return QEMU
+    return OURS if host.kvm else QEMU
 
 
 def problem(host: probe.Host) -> Problem | None:

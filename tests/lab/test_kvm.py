@@ -1,27 +1,22 @@
-"""The VM driver with a KVM that works: the bodies of the conformance suite which depend on how a guest is run.
+"""The VM driver over QEMU with a KVM that works: bodies of the conformance suite which depend on how a guest is run.
 
 `scripts/test` runs this folder inside of `scripts/kvm-lab`, where a KVM that cannot be used is a failure.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from hyper import probe
+from hyper import backends, probe
 from tests.conformance.test_driver import (
     test_bind_mounts,
     test_exec,
-    test_exec_shares_everything,
-    test_full_stdout_blocks_nothing_else,
-    test_memory_limit,
-    test_no_new_privileges_and_filter,
     test_sigkill_is_137,
     test_stdin_and_its_end,
-    test_sweep_after_a_dead_shim,
     test_terminal,
-    test_upper_stays,
     test_usage_and_processes,
 )
 from tests.driverkit import Rig
@@ -29,15 +24,9 @@ from tests.driverkit import Rig
 __all__ = [
     "test_bind_mounts",
     "test_exec",
-    "test_exec_shares_everything",
-    "test_full_stdout_blocks_nothing_else",
-    "test_memory_limit",
-    "test_no_new_privileges_and_filter",
     "test_sigkill_is_137",
     "test_stdin_and_its_end",
-    "test_sweep_after_a_dead_shim",
     "test_terminal",
-    "test_upper_stays",
     "test_usage_and_processes",
 ]
 
@@ -45,6 +34,13 @@ __all__ = [
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "variant" in metafunc.fixturenames:
         metafunc.parametrize("variant", [("vm", "erofs")], ids=["vm-kvm"], indirect=True)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def over_qemu() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(backends.CHOICE, backends.QEMU)
+        yield
 
 
 def test_the_probe_finds_kvm(tmp_path: Path) -> None:
