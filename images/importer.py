@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple, Protocol
 
 from ambi.core.errors import Corrupt, StorageFull, Unsupported, from_os_error
 from ambi.core.events import Progress, ProgressSink
+from ambi.linux.libc import syscall
 from images.content import ContentStore, Ingest
 from images.database import LayerRow
 from images.layers.convert import Converted
@@ -18,6 +19,7 @@ from images.snapshots import EROFS, FormName, Prepared, Snapshots, discard
 
 _READ = 256 << 10
 _STEP = 8 << 20  # bytes between two reports of progress
+_NR_SYNC_FILE_RANGE, _SYNC_FILE_RANGE_WRITE = 277, 2  # linux/fs.h
 
 
 @contextmanager
@@ -36,6 +38,27 @@ class NewLayer(NamedTuple):
     row: LayerRow
     blob: Ingest | None
     prepared: Prepared | None
+
+    def sync(self) -> None:
+        """Have the disk hold both: for whoever makes them visible. Raises StorageFull and what else a disk says."""
+        self._each(os.fsync)
+
+    def write_back(self) -> None:
+        """Have the disk begin with both, so that `sync` has less to wait for; this may take a while, too."""
+        self._each(lambda fd: syscall(_NR_SYNC_FILE_RANGE, fd, 0, 0, _SYNC_FILE_RANGE_WRITE, what="sync_file_range"))
+
+    def _each(self, act: Callable[[int], object]) -> None:
+        try:
+            if self.blob is not None and self.blob.fd >= 0:
+                act(self.blob.fd)
+            if self.prepared is not None and self.prepared.form == "erofs":
+                fd = os.open(self.prepared.path, os.O_RDONLY | os.O_CLOEXEC)
+                try:
+                    act(fd)
+                finally:
+                    os.close(fd)
+        except OSError as error:
+            raise from_os_error("cannot store the layer", error) from error
 
     def discard(self) -> None:
         if self.blob is not None:
@@ -65,7 +88,7 @@ def receive_layer(
     blob: Ingest | None = None,
     alone: bool = True,
 ) -> NewLayer:
-    """Read one archive to its end. For EROFS it is written, hashed and converted at the same time.
+    """Read one archive to its end. For EROFS it is written, hashed and converted at the same time. Nothing is synced.
 
     blob: where it is written, taken over; None for a new one. alone: no other is being read, so that the worker may use more
     than one processor.
@@ -79,7 +102,6 @@ def receive_layer(
                 prepared = _stream(source, worker, blob, snapshots, progress)
             else:
                 _copy(source, blob, progress)
-                blob.sync()
                 os.lseek(blob.fd, 0, os.SEEK_SET)
                 prepared = snapshots.prepare(form, worker, blob.fd)
         return NewLayer(layer_row(blob, prepared.converted), blob, prepared)
@@ -105,8 +127,7 @@ def _stream(source: Source, worker: Worker, blob: Ingest, snapshots: Snapshots, 
             os.close(write_end)
             if read_end >= 0:
                 os.close(read_end)
-        blob.sync()  # while the worker finishes
-        return Prepared("erofs", path, EROFS.finish(worker, target))
+        return Prepared("erofs", path, worker.converted())
     except BaseException:
         discard(path)
         raise

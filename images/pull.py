@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -238,20 +238,22 @@ class _Pull:
         for layer, _ in distinct:
             self._tell(layer.digest[7:19], "Pulling fs layer")
         done: dict[tuple[Descriptor, str], NewLayer] = {}
+        begun: list[Future[None]] = []
         sizes = {job: 0 if self._here(*job) else job[0].size for job in distinct}
         distinct.sort(key=lambda job: -sizes[job])  # the largest first: it takes longest
 
         def run(job: tuple[Descriptor, str]) -> None:
             try:
-                done[job] = self._receive(*job, alone=2 * sizes[job] > sum(sizes.values()))
+                new = done[job] = self._receive(*job, alone=2 * sizes[job] > sum(sizes.values()))
+                begun.append(disk.submit(new.write_back))  # the next layer need not wait for the disk
             except BaseException:
                 self._stop.set()
                 raise
 
         try:
-            with ThreadPoolExecutor(AT_ONCE, "pull") as pool:
+            with ThreadPoolExecutor(1, "disk") as disk, ThreadPoolExecutor(AT_ONCE, "pull") as pool:
                 results = [pool.submit(run, job) for job in distinct]
-            _raise_first(results)
+            _raise_first([*results, *begun])
             yield [done[job] for job in jobs]
         finally:
             for new in done.values():

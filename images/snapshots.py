@@ -43,20 +43,19 @@ class ErofsForm:
     def make(self, worker: Worker, source: int, target: Path, limit_bytes: int) -> Converted:
         fd = self.start(worker, source, target, limit_bytes)
         try:
-            return self.finish(worker, fd)
+            converted = worker.converted()
+            os.fsync(fd)
+            return converted
         finally:
             os.close(fd)
 
     def start(self, worker: Worker, source: int, target: Path, limit_bytes: int) -> int:
-        """Begin, so that the caller can feed `source`; the descriptor is for `finish` and to close."""
+        """Begin, so that the caller can feed `source`; the descriptor is the caller's to close after the worker's answer.
+        The file is not synced then.
+        """
         fd = os.open(target, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
         worker.start({"do": "erofs", "limit": limit_bytes}, source, fd)
         return fd
-
-    def finish(self, worker: Worker, fd: int) -> Converted:
-        converted = worker.converted()
-        os.fsync(fd)
-        return converted
 
 
 class DirForm:
@@ -98,7 +97,7 @@ FORMS: dict[str, Form] = {"erofs": EROFS, "dir": DIR}
 
 
 class Prepared(NamedTuple):
-    """A layer that is complete and synced but not yet in its place."""
+    """A layer that is complete but not yet in its place; a directory is synced, a file need not be."""
 
     form: FormName
     path: Path

@@ -245,6 +245,7 @@ class Store:
 
     def pull(self, name: str, credentials: Credentials | None = None, *, progress: ProgressSink = ignore) -> Pulled:
         """An image from its registry; see `images.pull`."""
+        NURSERY.warm()  # while what a pull needs is loaded, and the registry is asked
         from images import pull
         from images.registry.settings import Credentials
 
@@ -289,6 +290,8 @@ class Store:
     ) -> Image:
         """Make an image visible with all that belongs to it, or nothing of it."""
         rows = [layer.row for layer in layers]
+        for layer in layers:
+            layer.sync()
         with self.content.ingest() as config_blob, self.content.ingest() as manifest_blob:
             config_blob.write(config)
             manifest_blob.write(stored_manifest or manifest.manifest_of(config_blob.digest, len(config), rows))

@@ -56,6 +56,13 @@ class Nursery:
             self._keepers -= 1
             self._settle()
 
+    def warm(self) -> None:
+        """Begin to start it, when it is not there: a worker will be wanted soon."""
+        with self._changed:
+            if self._sock is None:
+                self._used = time.monotonic()
+                self._start()
+
     def fork(self, theirs: socket.socket, *, ahead: bool, load: str = "") -> int:
         """A worker with `theirs`, which stays the caller's to close; the pid of its waiter. `leave` must follow.
 
