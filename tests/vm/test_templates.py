@@ -25,7 +25,7 @@ from tests.harness import guest_dir
 from tests.treekit import look
 
 pytestmark = pytest.mark.needs("qemu")
-SERIES, AT_ONCE = 20, 5
+SERIES, AT_ONCE = 12, 4
 
 
 @pytest.fixture(scope="module")
