@@ -139,9 +139,12 @@ def port(side: Side) -> dict[str, float]:
     fd = os.open(f"/proc/{side.pid(id)}/ns/net", os.O_RDONLY | os.O_CLOEXEC)
     with namespaces.inside(fd, lambda: socket.create_server(("0.0.0.0", 7), backlog=CONNECTIONS)) as listener:
         os.close(fd)
-        server = threading.Thread(target=answer, args=(listener, CONNECTIONS + 2))
+        server = threading.Thread(target=answer, args=(listener, CONNECTIONS + 2), daemon=True)
         server.start()
-        echo(number, 1)
+        try:
+            echo(number, 1)
+        except OSError as error:
+            raise RuntimeError(f"{side.name}: port {number} of the container does not answer: {error}") from error
         trips = echo(number, ROUND_TRIPS)
         connections = [sum(echo(number, 1, whole=True)) for _ in range(CONNECTIONS)]
         server.join()
