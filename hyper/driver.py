@@ -18,6 +18,7 @@ from ambi.core.model import Isolation
 from ambi.core.plan import LaunchPlan
 from ambi.core.undo import Undo
 from hyper import backends, boot_files, probe, translate, validate
+from hyper.probe import Host
 from hyper.vm import launch, share
 from hyper.vm.cgroup import Cgroup
 from hyper.vm.machine import CONSOLE_FILE, VirtualMachine
@@ -57,7 +58,10 @@ class VmDriver:
         return Features(None, details)
 
     def check(self, plan: LaunchPlan) -> list[Problem]:
-        problem = backends.problem(probe.host(plan.guest_dir))
+        return self._problems(plan, probe.host(plan.guest_dir))
+
+    def _problems(self, plan: LaunchPlan, host: Host) -> list[Problem]:
+        problem = backends.problem(host)
         found = [problem] if problem else []
         try:
             boot_files.find(plan.guest_dir, translate.shape(plan).kernel)
@@ -69,10 +73,11 @@ class VmDriver:
         return found
 
     def create(self, plan: LaunchPlan, undo: Undo, by: Deadline, loop: Loop) -> VirtualMachine:
-        problems = self.check(plan)
+        host = probe.host(plan.guest_dir)
+        problems = self._problems(plan, host)
         if problems:
             raise Unsupported(problems[0].message, hint=problems[0].hint)
-        machine = launch.launch(backends.load(probe.host(plan.guest_dir)), plan, undo, by, loop, self._host_mounts)
+        machine = launch.launch(backends.load(host), host, plan, undo, by, loop, self._host_mounts)
         machine.boot(by)
         return machine
 

@@ -69,9 +69,9 @@ class ContainerProcess:
         """
         if self._exit is not None:
             return
-        poll, left = select.poll(), by.remaining()
+        poll = select.poll()
         poll.register(self._pidfd, select.POLLIN)
-        if not poll.poll(None if left is None else int(left * 1000 + 0.999)):
+        if not poll.poll(by.milliseconds()):
             raise DeadlineExceeded(f"process {self._pid} did not end in time", hint=f"cat /proc/{self._pid}/stack")
         result = os.waitid(os.P_PIDFD, self._pidfd, os.WEXITED)
         assert result is not None  # without WNOHANG

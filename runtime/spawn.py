@@ -81,8 +81,7 @@ class Channel:
     def _receive(self, by: Deadline, what: str) -> tuple[Message | None, list[int]]:
         poll = select.poll()
         poll.register(self.fd, select.POLLIN)
-        left = by.remaining()
-        if not poll.poll(None if left is None else int(left * 1000 + 0.999)):
+        if not poll.poll(by.milliseconds()):
             raise DeadlineExceeded(f"{what} did not happen in time")
         try:
             data, fds = self._read()

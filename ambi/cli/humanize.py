@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import time
 
+from ambi.core import words
 from ambi.core.errors import InvalidRequest
 from ambi.core.words import human_duration
 
 _DECIMAL = ("B", "kB", "MB", "GB", "TB", "PB")
 _BINARY = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
-_SUFFIXES = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40, "p": 1 << 50}
 
 
 def size(count: float, digits: int = 3) -> str:
@@ -65,10 +65,8 @@ def zone_of(at: time.struct_time) -> str:
 
 def parse_size(flag: str, text: str) -> int:
     """Bytes of `64m`, `1.5g`, `512`; powers of 1024. Raises InvalidRequest."""
-    lower = text.strip().lower().removesuffix("b").removesuffix("i")
-    number, suffix = (lower[:-1], lower[-1]) if lower and lower[-1].isalpha() else (lower, "")
-    digits = number.strip()
-    if suffix not in _SUFFIXES or not text.isascii() or not digits.replace(".", "", 1).isdigit():
+    found = words.parse_size(text)
+    if found is None:
         hint = "a size looks like 512m, 1.5g or 1048576"
         raise InvalidRequest(f"invalid value for {flag}: '{text}' is no size", hint=hint)
-    return int(float(digits) * _SUFFIXES[suffix]) if "." in digits else int(digits) * _SUFFIXES[suffix]
+    return found

@@ -24,8 +24,18 @@ class Deadline:
         return cls(None)
 
     def remaining(self) -> float | None:
-        """Seconds left, never negative; None without a limit. Fits `select`, `poll * 1000` and `settimeout`."""
+        """Seconds left, never negative; None without a limit."""
         return None if self._at is None else max(0.0, self._at - time.monotonic())
+
+    def milliseconds(self) -> int | None:
+        """What is left as `poll` takes it: rounded up, so that it does not wake before the point; None without a limit."""
+        left = self.remaining()
+        return None if left is None else int(left * 1000 + 0.999)
+
+    def timeout(self) -> float | None:
+        """What is left as `settimeout` takes it: never 0, which would mean not to block; None without a limit."""
+        left = self.remaining()
+        return None if left is None else max(left, 0.001)
 
     def expired(self) -> bool:
         return self._at is not None and time.monotonic() >= self._at

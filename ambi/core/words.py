@@ -6,6 +6,7 @@ import time
 
 from ambi.core.errors import InvalidRequest
 
+_SIZE_UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40, "p": 1 << 50}
 _DURATION_UNITS = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
 
 
@@ -52,6 +53,17 @@ def parse_duration(text: str) -> float | None:
             return None
         rest = rest[unit_end:]
     return total if text else None
+
+
+def parse_size(text: str) -> int | None:
+    """Bytes of `512m`, `10GiB`, `1.5g` or a bare number, None when it is none: powers of 1024 (go-units RAMInBytes)."""
+    lower = text.strip().lower().removesuffix("b").removesuffix("i")
+    unit = lower[-1:] if lower[-1:].isalpha() else ""
+    digits = lower.removesuffix(unit).strip() if unit else lower
+    plain = digits.replace(".", "", 1)
+    if unit not in _SIZE_UNITS or not (plain.isascii() and plain.isdecimal()) or len(digits) > 20 or digits.startswith("."):
+        return None
+    return int(float(digits) * _SIZE_UNITS[unit]) if "." in digits else int(digits) * _SIZE_UNITS[unit]
 
 
 def parse_time(flag: str, text: str) -> str:

@@ -11,10 +11,10 @@ from pathlib import Path
 
 from ambi.core.errors import InvalidRequest, Unsupported, from_os_error
 from ambi.core.model import Isolation
+from ambi.core.words import parse_size
 from ambi.engine.body import Body
 from ambi.linux import quota
 
-_UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40, "p": 1 << 50}
 _LARGEST = 1 << 60
 _FIRST_PROJECT, _PROJECTS = 0x61000000, 1 << 24  # far from those that people choose
 SMALLEST_DISK = 32 << 20  # of a VM: its file system wants room for itself
@@ -37,14 +37,10 @@ def wanted_bytes(host: Body, isolation: Isolation) -> int:
 
 
 def _bytes(text: object) -> int:
-    """`10G`, `10gb`, `10GiB`, `512m`, `1.5g` or a number of bytes; units are powers of 1024, as Docker's."""
-    words = text.strip().lower() if isinstance(text, str) else ""
-    digits = words.rstrip("kmgtpib ")
-    unit = words[len(digits) :].strip().removesuffix("b").removesuffix("i")
-    number = digits.replace(".", "", 1)
-    if unit not in _UNITS or not (number.isascii() and number.isdecimal()) or len(digits) > 20 or digits.startswith("."):
+    """Raises InvalidRequest for what is no size, and for nothing."""
+    size = parse_size(text) if isinstance(text, str) else None
+    if size is None:
         raise InvalidRequest(f"invalid size: '{text}'", hint="a number and a unit, for example --storage-opt size=10G")
-    size = int(float(digits) * _UNITS[unit])
     if not 0 < size < _LARGEST:
         raise InvalidRequest(f"invalid size: '{text}'", hint="more than nothing, for example --storage-opt size=10G")
     return size

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 from ambi.core.errors import InvalidRequest, NotFound, Unsupported, from_os_error
 from ambi.core.model import Isolation
 from ambi.core.roots import Roots
+from ambi.core.words import parse_size
 from ambi.engine import mountedvolumes
 from ambi.engine.mountpoints import Point, VolumeAsk
 
@@ -33,7 +34,6 @@ HALF_MADE = (".new-", ".old-")
 _NAME = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9_.-]+\Z")
 _OPTIONS = frozenset(("type", "o", "device", "size"))
 _NEEDS = {"device": ("type",), "type": ("device",), "o": ("device", "type")}
-_UNITS = {"": 1, "b": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 _BIND_WORDS = ("bind", "rbind")
 _HOST_WORDS = ("defaults", "async")
 
@@ -148,8 +148,7 @@ def _bound(words: list[str]) -> bool:
 
 def size_of(text: str) -> int:
     """Bytes of `512m` or `1g`. Raises InvalidRequest."""
-    match = re.fullmatch(r"([0-9]{1,15})([bkmgt]?)b?", text.lower())
-    size = int(match[1]) * _UNITS[match[2]] if match else 0
+    size = parse_size(text) or 0
     if not 1 << 20 <= size <= 64 << 40:
         raise InvalidRequest(f"invalid size: '{text}'", hint="from 1m to 64t, as -o size=1g")
     return size

@@ -60,6 +60,8 @@ class Mounts:
             with self._lock:
                 holders = self._held.get(name, set())
                 holders.discard(holder)
+                if not holders:
+                    self._held.pop(name, None)
             if not holders and self._is_mounted(name):
                 self._unmount(name)
 
@@ -68,8 +70,7 @@ class Mounts:
         for name, running in holders.items():
             with self._lock:
                 self._held[name] = set(running)
-            if not self._held[name] and self._is_mounted(name):
-                self._unmount(name)
+            self.release(name, "")
 
     def _lock_of(self, name: str) -> threading.Lock:
         with self._lock:
@@ -80,9 +81,8 @@ class Mounts:
 
     def _is_mounted(self, name: str) -> bool:
         """By the table of mounts: to look at the place itself could wait for a server."""
-        escaped = "".join(f"\\{ord(c):03o}" if c in " \t\n\\" else c for c in self._place(name))
-        with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
-            return any(line.split(" ", 5)[4] == escaped for line in file)
+        wanted = self._place(name)
+        return any(place == wanted for place, _ in mount.table())
 
     def _unmount(self, name: str) -> None:
         try:
@@ -94,9 +94,6 @@ class Mounts:
 def check(options: dict[str, str]) -> None:
     """Refuse now what can be told without mounting. Raises InvalidRequest."""
     kind = options["type"]
-    for word in filter(None, options.get("o", "").split(",")):
-        if "=" not in word and word not in _FLAGS and kind not in NETWORKED:
-            raise InvalidRequest(f'invalid option: "{word}" in "o"', hint="as in -o o=size=64m,mode=1777")
     if kind in ("nfs", "nfs4") and not _address(options):
         raise InvalidRequest(
             f"a volume of type {kind} needs the address of its server", hint="-o o=addr=SERVER,vers=4 -o device=:/path"

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import posixpath
-import re
 from typing import TYPE_CHECKING
 
 from ambi.core.errors import InvalidRequest, from_os_error
 from ambi.engine.body import Body
 from ambi.engine.mountpoints import Asked, Inherit, Mount, Point, VolumeAsk
+from ambi.linux.mount import table as mounted
 
 if TYPE_CHECKING:
     from ambi.engine.state import Row
@@ -239,13 +239,10 @@ def check_propagation(points: tuple[Point, ...]) -> None:
 def _mount_below(path: str) -> tuple[str, list[str]]:
     """Where the mount that has `path` is, and its optional fields (proc(5), mountinfo)."""
     best, found = "", []
-    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
-        for line in file:
-            words = line.split()
-            place = re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), words[4])
-            inside = path == place or path.startswith(place.rstrip("/") + "/")
-            if inside and len(place) >= len(best):
-                best, found = place, words[6 : words.index("-")]
+    for place, fields in mounted():
+        inside = path == place or path.startswith(place.rstrip("/") + "/")
+        if inside and len(place) >= len(best):
+            best, found = place, fields
     return best, found
 
 

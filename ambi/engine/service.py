@@ -26,7 +26,7 @@ class Service(NamedTuple):
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock:
             try:
                 sock.sendto(state.encode(), name)
-            except OSError:
+            except OSError:  # nobody listens, and serving does not depend on it
                 pass
 
     @property

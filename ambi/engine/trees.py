@@ -32,7 +32,6 @@ log = logging.getLogger(__name__)
 FILES_S = 10.0  # for the small files of a guest, which may not answer
 LINGER_S = 5.0  # for a guest that was booted only to be looked into
 PIPE_BYTES = 1 << 20
-F_SETPIPE_SZ = 1031  # linux/fcntl.h
 
 
 class PathStat(NamedTuple):
@@ -172,7 +171,7 @@ def received(connection: ShimConnection, **fields: Any) -> Iterator[BinaryIO]:
 
 
 def _pipe() -> tuple[int, int]:
-    from fcntl import fcntl
+    from fcntl import F_SETPIPE_SZ, fcntl
 
     reader, writer = os.pipe()
     try:

@@ -117,8 +117,7 @@ def _wait(fd: int, ended: int, by: Deadline) -> None:
     poll = select.poll()
     poll.register(fd, select.POLLIN)
     poll.register(ended, select.POLLIN)
-    left = by.remaining()
-    ready = dict(poll.poll(None if left is None else int(left * 1000 + 0.999)))
+    ready = dict(poll.poll(by.milliseconds()))
     if not ready:
         raise DeadlineExceeded("a child did not open its file in time")
     if not ready.get(fd, 0) & select.POLLIN:

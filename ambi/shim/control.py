@@ -93,7 +93,7 @@ class Control:
         try:
             if os.stat(self._path).st_ino == self._bound:
                 os.unlink(self._path)
-        except OSError:
+        except OSError:  # it is gone, or the directory with it
             pass
         self._loop.unwatch(self._listener.fileno())
         self._listener.close()

@@ -503,7 +503,7 @@ def trace(error: BaseException) -> None:
         at = at.tb_next
     try:
         os.write(2, f"shim[{os.getpid()}]: {describe(error)} ({' > '.join(calls)})\n".encode(errors="replace"))
-    except OSError:
+    except OSError:  # the log's disk is full: there is nowhere else to say so
         pass
 
 

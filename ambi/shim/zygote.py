@@ -213,7 +213,7 @@ class Zygote:
             dropped.append(name)
             try:
                 os.rmdir(path)
-            except OSError:
+            except OSError:  # an empty directory in memory, which the next mount of that layer uses
                 pass
         return dropped
 
@@ -232,7 +232,7 @@ def report(line: str) -> None:
     """One line for zygote.log, which is our standard error."""
     try:
         os.write(2, f"zygote[{os.getpid()}]: {line}\n".encode(errors="replace"))
-    except OSError:
+    except OSError:  # the log's disk is full: there is nowhere else to say so
         pass
 
 
@@ -241,7 +241,7 @@ def enter_layers_namespace(run_root: str) -> None:
     for living in record.living(run_root):
         try:
             namespace = os.open(f"/proc/{living.pid}/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
-        except OSError:
+        except OSError:  # it has ended since it was listed
             continue
         try:
             if living.alive():  # else the descriptor may be that of a stranger with the same pid

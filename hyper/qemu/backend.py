@@ -6,8 +6,7 @@ from hyper.qemu import argv
 from hyper.qemu.monitor import QemuMonitor
 from hyper.qemu.start import start
 from hyper.qemu.template import QemuTemplates
-from hyper.vm.backend import Handles, Place
-from hyper.vm.cgroup import Cgroup
+from hyper.vm.backend import Place
 from hyper.vm.hardware import Hardware
 
 OVERHEAD_BYTES = 192 << 20  # of QEMU and virtiofsd beyond the guest's memory and TCG's code
@@ -19,8 +18,8 @@ class QemuBackend:
     def overhead_bytes(self, kvm: bool) -> int:
         return OVERHEAD_BYTES + (0 if kvm else argv.TB_SIZE_MIB << 20)
 
-    def start(self, hardware: Hardware, user: int, cgroup: Cgroup, output: int, handles: Handles) -> QemuMonitor:
-        return start(hardware, Place(user, cgroup, output, handles))
+    def start(self, hardware: Hardware, place: Place) -> QemuMonitor:
+        return start(hardware, place)
 
     def templates(self) -> QemuTemplates:
         return QemuTemplates()

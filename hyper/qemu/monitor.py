@@ -7,6 +7,7 @@ from typing import Any
 from ambi.core.deadline import Deadline
 from hyper.qemu.qmp import Qmp
 from hyper.vm.jail import Child
+from hyper.vm.monitor import number, started
 
 
 class QemuMonitor:
@@ -24,7 +25,7 @@ class QemuMonitor:
         return block_bytes(self.qmp.execute("query-blockstats", by))
 
     def inspect(self, by: Deadline) -> dict[str, Any]:
-        return {"vmm": "qemu", "accelerator": self._accelerator, "started": "template" if self._restored else "boot"}
+        return {"vmm": "qemu", "accelerator": self._accelerator, "started": started(restored=self._restored)}
 
     def why(self) -> str:
         return self.qmp.why_shut_down()
@@ -39,10 +40,6 @@ def block_bytes(stats: Any) -> tuple[int, int]:
     for entry in stats if isinstance(stats, list) else ():
         found = entry.get("stats") if isinstance(entry, dict) else None
         if isinstance(found, dict) and entry.get("qdev"):
-            read += _number(found.get("rd_bytes"))
-            written += _number(found.get("wr_bytes"))
+            read += number(found.get("rd_bytes"))
+            written += number(found.get("wr_bytes"))
     return read, written
-
-
-def _number(value: Any) -> int:
-    return value if isinstance(value, int) and value >= 0 else 0

@@ -71,7 +71,7 @@ class Qmp:
     def _call(self, command: str, arguments: dict[str, Any], by: Deadline, fds: tuple[int, ...] = ()) -> Any:
         request = {"execute": command, "arguments": arguments} if arguments else {"execute": command}
         try:
-            self._socket.settimeout(_timeout(by))
+            self._socket.settimeout(by.timeout())
             data = json.dumps(request).encode() + b"\n"
             if fds:
                 socket.send_fds(self._socket, [data], fds)
@@ -116,7 +116,7 @@ class Qmp:
             if len(self._buffer) > MAX_LINE:
                 raise Unavailable("QEMU's monitor sends a line without end")
             try:
-                self._socket.settimeout(_timeout(by))
+                self._socket.settimeout(by.timeout())
                 data = self._socket.recv(65536)
             except TimeoutError as error:
                 raise DeadlineExceeded("QEMU's monitor did not answer in time") from error
@@ -131,11 +131,6 @@ class Qmp:
 
     def close(self) -> None:
         self._socket.close()
-
-
-def _timeout(by: Deadline) -> float | None:
-    left = by.remaining()
-    return None if left is None else max(left, 0.001)
 
 
 def _text(error: Any) -> str:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import fcntl
 import os
 import select
-from pathlib import Path
 
 from ambi.core.deadline import Deadline
 from ambi.core.errors import DeadlineExceeded, Internal, Unavailable, Unsupported, from_os_error
@@ -21,10 +20,9 @@ from hyper.qemu.monitor import QemuMonitor
 from hyper.qemu.start import start
 from hyper.vm.backend import Place
 from hyper.vm.hardware import Hardware, Memory
-from hyper.vm.monitor import Monitor
+from hyper.vm.monitor import Monitor, end
 
 MAX_STATE = 1 << 20  # bytes: what a pipe takes; 0.4 MiB is usual
-F_SETPIPE_SZ = 1031  # linux/fcntl.h
 CAPABILITY = ({"capability": "x-ignore-shared", "state": True},)
 
 
@@ -39,7 +37,7 @@ class QemuTemplates:
         same = hardware._replace(
             name="", kernel=0, initramfs=0, agent=0, console=0, control=0, memory=Memory(0, shared=True), blank=True
         )
-        cpu = _cpu() if hardware.kvm else ""
+        cpu = probe.processor() if hardware.kvm else ""
         return (os.path.realpath(qemu), str(info.st_size), str(info.st_mtime_ns), cpu, *argv.build(qemu, same))
 
     def boot(self, hardware: Hardware, place: Place, by: Deadline) -> QemuMonitor:
@@ -71,7 +69,7 @@ class QemuTemplates:
             monitor.qmp.execute("migrate-incoming", by, uri=f"fd:{reader}")
             monitor.qmp.wait_for("RESUME", by)
         except BaseException:
-            _end(monitor)
+            end(monitor)
             raise
         return monitor
 
@@ -85,30 +83,18 @@ def _start(hardware: Hardware, place: Place, by: Deadline, state: int | None = N
         try:
             handover.give(hardware.memory.fd, monitor.child.pidfd, by)
         except BaseException:
-            _end(monitor)
+            end(monitor)
             raise
     finally:
         handover.close()
     return monitor
 
 
-def _end(monitor: QemuMonitor) -> None:
-    monitor.child.kill()
-    monitor.child.close()
-    monitor.close()
-
-
-def _cpu() -> str:
-    """What a guest sees of the host's processor: the first one's name, its microcode and its abilities."""
-    first = Path("/proc/cpuinfo").read_text().partition("\n\n")[0]
-    return "\n".join(line for line in first.splitlines() if line.startswith(("model name", "microcode", "flags", "bugs")))
-
-
 def _filled_pipe(state: bytes) -> int:
     """The read end of a pipe that has all of `state`, and no writer."""
     reader, writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
     try:
-        fcntl.fcntl(writer, F_SETPIPE_SZ, MAX_STATE)
+        fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, MAX_STATE)
         if os.write(writer, state) < len(state):
             raise Internal(f"the saved state of a guest has {len(state)} bytes: more than {MAX_STATE}")
         os.set_blocking(reader, True)
@@ -129,8 +115,7 @@ def _read(reader: int, by: Deadline) -> bytes:
     poll.register(reader, select.POLLIN)
     state = bytearray()
     while True:
-        left = by.remaining()
-        if not poll.poll(None if left is None else int(left * 1000 + 0.999)):
+        if not poll.poll(by.milliseconds()):
             raise DeadlineExceeded("QEMU did not save its state in time")
         data = os.read(reader, 1 << 16)
         if not data:

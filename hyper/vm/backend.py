@@ -71,8 +71,8 @@ class Backend(Protocol):
     def overhead_bytes(self, kvm: bool) -> int:
         """What the VMM and its virtiofsd may use beyond the guest's memory."""
 
-    def start(self, hardware: Hardware, user: int, cgroup: Cgroup, output: int, handles: Handles) -> Monitor:
-        """Start the VMM as `user` in `cgroup`, its own words going to `output`; the guest is still to boot.
+    def start(self, hardware: Hardware, place: Place) -> Monitor:
+        """Start the VMM at `place`; the guest is still to boot.
 
         `hardware.control` is still to be made. Nothing of ours is needed by path; `handles` closes our copies afterwards.
         Raises Unsupported when the program is not there.

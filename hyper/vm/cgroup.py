@@ -138,7 +138,7 @@ def _delegate(mount: Path, path: str) -> None:
             offered = (directory / "cgroup.controllers").read_text().split()
             wanted = " ".join(f"+{name}" for name in offered if name in CONTROLLERS)
             (directory / "cgroup.subtree_control").write_text(wanted)
-        except OSError:
+        except OSError:  # a group with processes in it, or not ours: limits that it has no file for are left out
             pass
         directory /= part
 

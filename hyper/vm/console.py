@@ -84,7 +84,7 @@ class Console:
         """Write both tails to `path`, for whoever looks into a failure; an error is no matter here."""
         try:
             path.write_bytes(self._tails[True] + self._tails[False])
-        except OSError:
+        except OSError:  # a full disk: the cause is in the exit's reason as well
             pass
 
     def _drop(self, fd: int) -> None:

@@ -56,8 +56,7 @@ class Child:
             return True
         poll = select.poll()
         poll.register(self.pidfd, select.POLLIN)
-        left = by.remaining()
-        poll.poll(None if left is None else int(left * 1000 + 0.999))
+        poll.poll(by.milliseconds())
         return self.reap()
 
     def kill(self) -> None:

@@ -17,7 +17,7 @@ from hyper.vm.cgroup import Cgroup, Limits
 from hyper.vm.console import Console
 from hyper.vm.hardware import Hardware, Nic, Share, Volume
 from hyper.vm.machine import Parts, VirtualMachine
-from hyper.vm.monitor import Monitor
+from hyper.vm.monitor import end
 
 DISK_FILE = "disk.img"  # in the upper directory
 TEMPLATES = "disks"  # below the guest directory
@@ -25,7 +25,13 @@ MAX_TASKS = 512  # threads of a VMM and virtiofsd
 
 
 def launch(
-    backend: Backend, plan: LaunchPlan, undo: Undo, by: Deadline, loop: Loop, host_mounts: int | None = None
+    backend: Backend,
+    host: probe.Host,
+    plan: LaunchPlan,
+    undo: Undo,
+    by: Deadline,
+    loop: Loop,
+    host_mounts: int | None = None,
 ) -> VirtualMachine:
     """Start the VMM of `plan`; its guest is still to boot, or is a copy of one that has. What was made is undone by `undo`,
     or by the machine's delete.
@@ -33,7 +39,6 @@ def launch(
     Raises NotFound (a layer, a bind's source), Unsupported, StorageFull, Forbidden.
     """
     plan.run_dir.mkdir(parents=True, exist_ok=True)
-    host = probe.host(plan.guest_dir)
     with Handles() as handles:
         cgroup = Cgroup(plan.config["linux"]["cgroupsPath"])
         undo.add("remove the cgroup of the VM", cgroup.remove)
@@ -48,7 +53,7 @@ def launch(
             hardware = hardware._replace(nics=_nics(network, host, handles))
         place = Place(jail.user_id(plan.id), cgroup, output, handles)
         monitor = template.start(backend, hardware, plan.guest_dir, place, by)
-        undo.add("end the VMM", lambda: _end(monitor))
+        undo.add("end the VMM", lambda: end(monitor))
         if network:
             network.close_taps()
         parts = Parts(monitor, console, cgroup, servers, network)
@@ -57,17 +62,12 @@ def launch(
         return machine
 
 
-def _end(monitor: Monitor) -> None:
-    monitor.child.kill()
-    monitor.close()
-
-
 def _limits(plan: LaunchPlan, overhead: int) -> Limits:
     return Limits(memory_bytes=translate.shape(plan).memory_bytes + overhead, pids=MAX_TASKS)
 
 
 def _console(handles: Handles, undo: Undo, loop: Loop) -> tuple[int, int, Console]:
-    """Where children write what they have to say, QEMU's end of the guest's console, and the reader of both."""
+    """Where children write what they have to say, the VMM's end of the guest's console, and the reader of both."""
     reader, output = os.pipe2(os.O_CLOEXEC)
     handles.add(output)
     serial, serial_fd = handles.socket_pair()
@@ -95,7 +95,7 @@ def _network(plan: LaunchPlan, undo: Undo) -> nic.Network | None:
 
 
 def _nics(network: nic.Network, host: probe.Host, handles: Handles) -> tuple[Nic, ...]:
-    """QEMU's devices; by the kernel's back-end where it is, which needs KVM."""
+    """The VMM's devices; by the kernel's back-end where it is, which needs KVM."""
     found = []
     for device in network.devices:
         vhost = nic.open_vhost() if host.kvm else None
@@ -131,7 +131,7 @@ def _hardware(plan: LaunchPlan, host: probe.Host, handles: Handles, servers: lis
 
 
 def _open_public(path: Path) -> int:
-    """Open a file that QEMU opens again by itself, as a user with no rights."""
+    """Open a file that a VMM may open again by itself (QEMU does), as a user with no rights."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError as error:

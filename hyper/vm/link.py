@@ -223,8 +223,7 @@ class Link:
             if by.expired():
                 raise DeadlineExceeded(f"{what} did not answer in time")
             poll.register(self._socket.fileno(), POLLIN | (POLLOUT if self._out else 0))
-            left = by.remaining()
-            for fd, revents in poll.poll(None if left is None else int(left * 1000 + 0.999)):
+            for fd, revents in poll.poll(by.milliseconds()):
                 if fd == self._hangup:
                     self.drain()
                     if not done():

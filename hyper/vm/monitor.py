@@ -18,10 +18,28 @@ class Monitor(Protocol):
         """Bytes read and written by all disks. Raises Unavailable, DeadlineExceeded."""
 
     def inspect(self, by: Deadline) -> dict[str, Any]:
-        """What `inspect` shows of a running VM: {"vmm": name, ...} with the back-end's own figures."""
+        """What `inspect` shows of a running VM: {"vmm": name, "accelerator": name, "started": "template" | "boot", ...} with
+        the back-end's own figures."""
 
     def why(self) -> str:
         """Of a VMM that has ended: the cause that it gave (`guest-reset`, `guest-panic`, ...), else ""."""
 
     def close(self) -> None:
         """Close what the monitor holds, but for the child."""
+
+
+def end(monitor: Monitor) -> None:
+    """Kill the VMM and let go of it. Idempotent."""
+    monitor.child.kill()
+    monitor.child.close()
+    monitor.close()
+
+
+def number(value: object) -> int:
+    """A figure that a VMM gave; 0 for what is none."""
+    return value if isinstance(value, int) and value >= 0 else 0
+
+
+def started(*, restored: bool) -> str:
+    """The word of `inspect` for how a guest began."""
+    return "template" if restored else "boot"

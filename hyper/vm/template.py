@@ -22,7 +22,7 @@ from hyper.guest.protocol import SYNC, Decoder
 from hyper.vm import nic
 from hyper.vm.backend import Backend, Handles, Place, Templates
 from hyper.vm.hardware import Hardware, Memory, Nic
-from hyper.vm.monitor import Monitor
+from hyper.vm.monitor import Monitor, end
 from hyper.vm.template_store import Draft, Store, Template, key_of
 
 CHOICE = "AMBI_TEMPLATES"  # in the environment: `off`, and every guest boots
@@ -41,7 +41,7 @@ def start(backend: Backend, hardware: Hardware, guest_dir: Path, place: Place, b
         monitor = _copy(templates, hardware, Store(guest_dir / DIRECTORY), place, by)
         if monitor is not None:
             return monitor
-    return backend.start(hardware, *place)
+    return backend.start(hardware, place)
 
 
 def _fits(hardware: Hardware) -> bool:
@@ -135,9 +135,7 @@ def _saved(templates: Templates, monitor: Monitor, agent: socket.socket, by: Dea
         _meet(agent, monitor.child.pidfd, by)
         return templates.save(monitor, by)
     finally:
-        monitor.child.kill()
-        monitor.child.close()
-        monitor.close()
+        end(monitor)
 
 
 def _meet(agent: socket.socket, ended: int, by: Deadline) -> None:
@@ -149,8 +147,7 @@ def _meet(agent: socket.socket, ended: int, by: Deadline) -> None:
     poll.register(ended, select.POLLIN)
     while not decoder.synced:
         by.check("an answer of the guest's agent")
-        left = by.remaining()
-        ready = {fd for fd, _ in poll.poll(None if left is None else int(left * 1000 + 0.999))}
+        ready = {fd for fd, _ in poll.poll(by.milliseconds())}
         try:
             data = agent.recv(1 << 16) if agent.fileno() in ready else b""
         except OSError:  # reset: the VMM ended with something unread

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from hyper.vm.backend import Handles, Place
-from hyper.vm.cgroup import Cgroup
+from hyper.vm.backend import Place
 from hyper.vm.hardware import Hardware
 from hyper.vmm.monitor import VmmMonitor
 from hyper.vmm.start import start
@@ -18,8 +17,8 @@ class VmmBackend:
     def overhead_bytes(self, kvm: bool) -> int:
         return OVERHEAD_BYTES
 
-    def start(self, hardware: Hardware, user: int, cgroup: Cgroup, output: int, handles: Handles) -> VmmMonitor:
-        return start(hardware, Place(user, cgroup, output, handles))
+    def start(self, hardware: Hardware, place: Place) -> VmmMonitor:
+        return start(hardware, place)
 
     def templates(self) -> VmmTemplates:
         return VmmTemplates()

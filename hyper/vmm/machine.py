@@ -54,7 +54,6 @@ class Machine:
         check(config)
         self.config = config
         self.ending: Ending | None = None
-        self._started = False
         self.ports = Bus()
         self.mmio = Bus()
         self.transports: list[mmio.Transport] = []
@@ -181,12 +180,10 @@ class Machine:
     def start(self) -> None:
         """Make the vCPUs' threads: no other thread is made later. `run` does it where nothing comes in between."""
         self.vcpus.start()
-        self._started = True
 
     def run(self) -> Ending:
         """Run until the guest, a device or `end` ends it. No vCPU runs afterwards."""
-        if not self._started:
-            self.start()
+        self.start()
         self.resume()
         try:
             self._loop.run(lambda: self.ending is not None)

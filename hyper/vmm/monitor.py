@@ -10,6 +10,7 @@ from ambi.core import errors
 from ambi.core.deadline import Deadline
 from ambi.core.errors import AmbiError, DeadlineExceeded, Unavailable
 from hyper.vm.jail import Child
+from hyper.vm.monitor import number, started
 from hyper.vmm.control import MAX_MESSAGE
 
 GONE = "the monitor is gone"
@@ -19,27 +20,29 @@ STRANGE = "the monitor's answer is damaged"
 class VmmMonitor:
     """Owns the control socket and the child. One request at a time."""
 
-    __slots__ = ("_cause", "_last", "_socket", "child")
+    __slots__ = ("_cause", "_last", "_restored", "_socket", "child")
 
-    def __init__(self, child: Child, sock: socket.socket) -> None:
+    def __init__(self, child: Child, sock: socket.socket, *, restored: bool = False) -> None:
         self.child = child
         self._socket = sock
         self._last = 0
         self._cause = ""
+        self._restored = restored
 
     def block_bytes(self, by: Deadline) -> tuple[int, int]:
         figures = self.call("figures", by)
-        return _number(figures.get("read_bytes")), _number(figures.get("written_bytes"))
+        return number(figures.get("read_bytes")), number(figures.get("written_bytes"))
 
     def inspect(self, by: Deadline) -> dict[str, Any]:
-        return {"vmm": "ambi", "accelerator": "kvm", **self.call("figures", by)}
+        figures = self.call("figures", by)
+        return {"vmm": "ambi", "accelerator": "kvm", "started": started(restored=self._restored), **figures}
 
     def call(self, op: str, by: Deadline, fds: tuple[int, ...] = (), **fields: Any) -> dict[str, Any]:
         """The answer to `op`. Raises Unavailable (it is gone), DeadlineExceeded, or what it answers."""
         self._last += 1
         request = json.dumps({"id": self._last, "op": op, **fields}, separators=(",", ":")).encode()
         try:
-            self._socket.settimeout(_timeout(by))
+            self._socket.settimeout(by.timeout())
             socket.send_fds(self._socket, [request], list(fds))
         except TimeoutError as error:
             raise DeadlineExceeded(f"the monitor did not take {op} in time") from error
@@ -54,7 +57,7 @@ class VmmMonitor:
         """The next message that is no event."""
         while True:
             try:
-                self._socket.settimeout(_timeout(by))
+                self._socket.settimeout(by.timeout())
                 data = self._socket.recv(MAX_MESSAGE)
             except TimeoutError as error:
                 raise DeadlineExceeded("the monitor did not answer in time") from error
@@ -77,7 +80,7 @@ class VmmMonitor:
         try:
             while not self._cause:
                 self._receive(Deadline.after(0))
-        except AmbiError:
+        except AmbiError:  # there is nothing more to be read
             pass
         return self._cause
 
@@ -103,12 +106,3 @@ def _outcome(answer: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise Unavailable(STRANGE)
     return found
-
-
-def _number(value: Any) -> int:
-    return value if isinstance(value, int) and value >= 0 else 0
-
-
-def _timeout(by: Deadline) -> float | None:
-    left = by.remaining()
-    return None if left is None else max(left, 0.001)

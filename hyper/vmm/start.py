@@ -39,7 +39,7 @@ def start(hardware: Hardware, place: Place, *, state: int = -1) -> VmmMonitor:
         raise
     finally:
         theirs.close()  # from here on a monitor that ends is the end of the socket
-    return VmmMonitor(child, control)
+    return VmmMonitor(child, control, restored=state >= 0)
 
 
 def configure(hardware: Hardware, kvm: int) -> Config:

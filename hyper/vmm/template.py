@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 from ambi.core.deadline import Deadline
 from ambi.core.errors import Internal, Unavailable
 from ambi.core.version import VERSION
 from ambi.linux import memfd
+from hyper import probe
 from hyper.vm.backend import Place
 from hyper.vm.hardware import Hardware
-from hyper.vm.monitor import Monitor
+from hyper.vm.monitor import Monitor, end
 from hyper.vmm.monitor import VmmMonitor
 from hyper.vmm.start import configure, start
 
@@ -23,7 +23,7 @@ class VmmTemplates:
 
     def words(self, hardware: Hardware) -> tuple[str, ...]:
         same = hardware._replace(name="", kernel=0, initramfs=0, agent=0, console=0, control=0, memory=None, blank=True)
-        return ("vmm", VERSION, os.uname().release, _cpu(), str(configure(same, -1)))
+        return ("vmm", VERSION, os.uname().release, probe.processor(), str(configure(same, -1)))
 
     def boot(self, hardware: Hardware, place: Place, by: Deadline) -> VmmMonitor:
         return start(hardware, place)
@@ -47,15 +47,8 @@ class VmmTemplates:
         except BaseException as error:
             monitor.child.kill()
             why = monitor.why()
-            monitor.child.close()
-            monitor.close()
+            end(monitor)
             if isinstance(error, Unavailable) and why:
                 raise Unavailable(why) from error
             raise
         return monitor
-
-
-def _cpu() -> str:
-    """What a guest sees of the host's processor, as far as a changed host can be told by it without asking KVM."""
-    first = Path("/proc/cpuinfo").read_text().partition("\n\n")[0]
-    return "\n".join(line for line in first.splitlines() if line.startswith(("model name", "microcode", "flags", "bugs")))

@@ -36,7 +36,9 @@ class Vcpus:
         self._threads: list[threading.Thread] = []
 
     def start(self) -> None:
-        """Make the threads; they wait for `resume`."""
+        """Make the threads, which wait for `resume`. Idempotent."""
+        if self._threads:
+            return
         for vcpu, exits in zip(self.all, self._exits, strict=True):
             thread = threading.Thread(target=self._thread, args=(vcpu, exits), name=f"vcpu{vcpu.index}", daemon=True)
             self._threads.append(thread)

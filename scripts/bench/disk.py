@@ -18,6 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
+from scripts.bench.common import debian, share_network, taken  # noqa: E402
 from tests.harness import EngineUnderTest  # noqa: E402
 from tests.peers import Dockerd  # noqa: E402
 from tests.registrykit import docker_registry  # noqa: E402
@@ -26,30 +27,13 @@ IMAGES = 5
 MIB = 1 << 20
 
 
-def allocated(path: Path) -> int:
-    """Bytes of all blocks below `path`, hard links once; what is mounted there does not count."""
-    device, seen, total = os.stat(path).st_dev, set(), 0
-    for directory, names, files in os.walk(path):
-        for name in (*names, *files):
-            info = os.stat(os.path.join(directory, name), follow_symlinks=False)
-            if info.st_dev == device and info.st_ino not in seen:
-                seen.add(info.st_ino)
-                total += info.st_blocks * 512
-        names[:] = [n for n in names if os.stat(os.path.join(directory, n), follow_symlinks=False).st_dev == device]
-    return total
-
-
 def docker(socket: Path, *args: str, data: bytes | None = None) -> None:
     subprocess.run(["docker", "-H", f"unix://{socket}", *args], input=data, check=True, stdout=subprocess.DEVNULL)
 
 
 def push_images(socket: Path, registry: str, base: Path) -> list[str]:
     """Names of IMAGES images of one base, in the registry."""
-    tar = base / "debian.tar"
-    subprocess.run(
-        ["mmdebstrap", "--variant=minbase", "--format=tar", "--quiet", "bookworm", tar], check=True, stdin=subprocess.DEVNULL
-    )
-    docker(socket, "import", str(tar), "base")
+    docker(socket, "import", str(debian(base / "debian.tar")), "base")
     names = []
     for number in range(IMAGES):
         name = f"{registry}/disk/image{number}:1"
@@ -75,24 +59,23 @@ def main() -> int:
             with Dockerd(_made(base / "peer")) as peer:
                 for image in names:
                     docker(peer.socket, "pull", "--quiet", image)
-                theirs = allocated(peer.base / "data" / "overlay2")
+                theirs = taken(peer.base / "data" / "overlay2")
             layers, blobs = ours(_made(base / "ours"), names)
-    print(f"{IMAGES} images of one base; dockerd's overlay2 {theirs / MIB:.0f} MiB")
-    print(f"ours {(layers + blobs) / MIB:.0f} MiB ({(layers + blobs) / theirs:.2f} of it)")
-    print(f"  layer files {layers / MIB:.0f} MiB ({layers / theirs:.2f}), compressed blobs {blobs / MIB:.0f} MiB")
+    print(f"{IMAGES} images of one base; dockerd's overlay2 {theirs:.0f} MB")
+    print(f"ours {(layers + blobs):.0f} MB ({(layers + blobs) / theirs:.2f} of it)")
+    print(f"  layer files {layers:.0f} MB ({layers / theirs:.2f}), compressed blobs {blobs:.0f} MB")
     return 0
 
 
-def ours(base: Path, names: list[str]) -> tuple[int, int]:
-    """Bytes of layer files, and of blobs."""
+def ours(base: Path, names: list[str]) -> tuple[float, float]:
+    """Megabytes of layer files, and of blobs."""
     engine = EngineUnderTest(base)
-    os.close(engine.netns)
-    engine.netns = os.open("/proc/self/ns/net", os.O_RDONLY | os.O_CLOEXEC)  # where the registry is
+    share_network(engine)
     engine.start(vm=False)
     try:
         for image in names:
             docker(engine.socket, "pull", "--quiet", image)
-        return allocated(engine.data / "images" / "layers"), allocated(engine.data / "images" / "blobs")
+        return taken(engine.data / "images" / "layers"), taken(engine.data / "images" / "blobs")
     finally:
         engine.destroy()
 

@@ -26,6 +26,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
+from scripts.bench.common import debian  # noqa: E402
 from tests.harness import EngineUnderTest  # noqa: E402
 from tests.peers import Dockerd  # noqa: E402
 
@@ -77,7 +78,7 @@ def main() -> None:
         if options.tar:
             shutil.copyfile(options.tar, archive)
         else:
-            subprocess.run(["mmdebstrap", "--variant=minbase", "--quiet", "bookworm", archive], check=True)
+            debian(archive)
         rows = measure(archive, base, options.rounds, engine=options.engine)
         report(rows, archive.stat().st_size)
         if options.json:

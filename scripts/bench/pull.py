@@ -43,6 +43,7 @@ from ambi.linux.net import loopback_up  # noqa: E402
 from images.pull import Repository  # noqa: E402
 from images.reference import parse  # noqa: E402
 from images.registry.settings import Credentials, Settings  # noqa: E402
+from scripts.bench.common import share_network, taken  # noqa: E402
 from tests.harness import EngineUnderTest  # noqa: E402
 from tests.peers import Dockerd  # noqa: E402
 from tests.registrykit import docker_registry  # noqa: E402
@@ -188,21 +189,9 @@ def timed(action: Callable[[], object]) -> float:
     return time.perf_counter() - begin
 
 
-def taken(root: Path) -> float:
-    """Megabytes on the disk below `root`, each inode once."""
-    inodes = {}
-    for folder, _, files in os.walk(root):
-        for name in files:
-            status = os.lstat(os.path.join(folder, name))
-            inodes[status.st_ino] = status.st_blocks * 512
-        inodes[os.lstat(folder).st_ino] = os.lstat(folder).st_blocks * 512
-    return sum(inodes.values()) / 1e6
-
-
 def ours(disk: Path, names: tuple[str, str, str], rows: Rows, memory: dict[str, float]) -> None:
     engine = EngineUnderTest(disk)
-    os.close(engine.netns)
-    engine.netns = os.open("/proc/self/ns/net", os.O_RDONLY | os.O_CLOEXEC)  # where the registries are
+    share_network(engine)
     engine.start(vm=False)
     try:
         assert engine.process is not None

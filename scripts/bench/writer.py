@@ -27,6 +27,7 @@ sys.path.insert(0, str(ROOT))
 
 from images.layers.convert import Converted, convert  # noqa: E402
 from images.layers.erofs import ErofsWriter  # noqa: E402
+from scripts.bench.common import debian  # noqa: E402
 
 CHUNK = 1 << 20
 LIMIT = 64 << 30
@@ -88,15 +89,6 @@ def peers(tar: Path, target: Path, scratch: Path) -> tuple[float, float]:
     done = time.perf_counter()
     shutil.rmtree(tree)
     return unpacked - begin, done - unpacked
-
-
-def debian(path: Path) -> Path:
-    subprocess.run(
-        ["mmdebstrap", "--variant=minbase", "--format=tar", "--quiet", "bookworm", path],
-        check=True,
-        stdin=subprocess.DEVNULL,
-    )
-    return path
 
 
 def main() -> int:

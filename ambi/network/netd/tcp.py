@@ -13,7 +13,6 @@ from ambi.network.netd.loop import Acceptor
 
 _PIPE_BYTES, _SPARE_PIPES = 512 << 10, 32
 _MUCH = 16 << 10  # bytes after which there is probably more
-_F_SETPIPE_SZ = 1031  # linux/fcntl.h
 _CONNECT_S = 30.0
 _ROUNDS = 16  # of one connection, before others have their turn
 _MOST = 4096  # connections of one port
@@ -69,7 +68,7 @@ class _Pipes:
             return self._free.pop()
         pipe = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         try:
-            fcntl.fcntl(pipe[1], _F_SETPIPE_SZ, _PIPE_BYTES)
+            fcntl.fcntl(pipe[1], fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
         except OSError:  # past what a user may have, pipe(7): it stays as it is
             pass
         return pipe
