@@ -61,6 +61,11 @@ class Type(IntEnum):
     LIMITS = 0x14
     FREEZE = 0x15
     THAW = 0x16
+    RESUME = 0x17
+    ATTACH = 0x18
+    DETACH = 0x19
+    CPUS = 0x1A
+    GROW = 0x1B
     TREE = 0x13
     READY = 0x80
     HELLO_OK = 0x81

@@ -33,8 +33,13 @@ enum message_type {
     MSG_LIMITS = 0x14,
     MSG_FREEZE,
     MSG_THAW,
+    MSG_RESUME,
+    MSG_ATTACH,
+    MSG_DETACH,
+    MSG_CPUS,
+    MSG_GROW,
     MSG_TREE = 0x13,
-    MSG_LAST_FROM_HOST = 0x18, /* 0x17 and 0x18 are of later versions */
+    MSG_LAST_FROM_HOST = 0x1d, /* 0x1c and 0x1d are of later versions */
     MSG_READY = 0x80,
     MSG_HELLO_OK,
     MSG_OK,
