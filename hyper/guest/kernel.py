@@ -31,6 +31,8 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "virtio:3": ("virtio_console",),
     "virtio:4": ("virtio_rng",),
     "virtio:5": ("virtio_balloon",),
+    "virtio:19": ("vmw_vsock_virtio_transport",),
+    "virtio:24": ("virtio_mem",),
     "virtiofs": ("virtiofs",),
     "erofs": ("erofs",),
     "overlay": ("overlay",),

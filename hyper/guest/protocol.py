@@ -189,6 +189,15 @@ class TreeTag(IntEnum):
     GID = 7
 
 
+class CpusTag(IntEnum):
+    COUNT = 1
+
+
+class GrowTag(IntEnum):
+    SERIAL = 1
+    BYTES = 2
+
+
 class TreeAnswer(IntEnum):
     SIZE = 1
     MODE = 2

@@ -42,7 +42,10 @@ static void leave_initial_mount(void) {
         debug("root: %s", errno_text(errno));
 }
 
+/* The console stays open, in a descriptor that nothing of ours uses: the kernel obeys SysRq on a port that is. */
 static void open_standard_streams(void) {
+    if (fcntl(0, F_DUPFD_CLOEXEC, 3) < 0)
+        debug("console: %s", errno_text(errno));
     int fd = open("/dev/null", O_RDWR);
     for (int i = 0; fd >= 0 && i < 3; i++)
         if (fd != i)

@@ -4,6 +4,7 @@
 #include "fields.h"
 #include "net.h"
 #include "look.h"
+#include "sizes.h"
 #include "tasks.h"
 #include "workload.h"
 
@@ -254,6 +255,12 @@ static void handle(struct agent *a, uint16_t type, uint32_t id, uint8_t *body, s
         break;
     case MSG_LIMITS:
         answer_result(a, id, set_limits(body, length, &e), &e);
+        break;
+    case MSG_CPUS:
+        answer_result(a, id, sizes_cpus(&fields, &e), &e);
+        break;
+    case MSG_GROW:
+        answer_result(a, id, sizes_grow(&fields, &e), &e);
         break;
     default:
         fail(&e, "Unsupported", "this guest's agent does not know messages of type %#x", type);
