@@ -207,6 +207,9 @@ static void handle(struct agent *a, uint16_t type, uint32_t id, uint8_t *body, s
     case MSG_EXEC:
         start(a, workload_exec, id, body, length);
         break;
+    case MSG_RESUME:
+        start(a, workload_resume, id, body, length);
+        break;
     case MSG_SIGNAL:
         send_signal(a, id, &fields);
         break;

@@ -5,10 +5,12 @@
 
 #include <dirent.h>
 #include <errno.h>
+#include <ifaddrs.h>
 #include <linux/if_addr.h>
 #include <linux/netlink.h>
 #include <linux/rtnetlink.h>
 #include <net/if.h>
+#include <netinet/in.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -322,6 +324,67 @@ static int add_address(int fd, unsigned index, const struct address *address, st
     return ask(fd, &r) < 0 ? fail_errno(e, errno, "cannot give the guest an address of family IPv%u", (unsigned)address->family) : 0;
 }
 
+static bool is_wanted(struct fields fields, const struct address *have) {
+    struct field f;
+    struct address address;
+    while (fields_next(&fields, &f))
+        if (f.tag == 4 && parse_address(&f, &address) && address.length == have->length && address.prefix == have->prefix &&
+            memcmp(address.bytes, have->bytes, have->length) == 0)
+            return true;
+    return false;
+}
+
+static uint64_t prefix_of(const uint8_t *mask, size_t length) {
+    uint64_t prefix = 0;
+    for (size_t i = 0; i < length; i++)
+        prefix += (uint64_t)__builtin_popcount(mask[i]);
+    return prefix;
+}
+
+/* Of an address and its mask; false for what is not the host's business, an address of the link alone. */
+static bool address_of(const struct ifaddrs *entry, struct address *found) {
+    if (!entry->ifa_addr || !entry->ifa_netmask)
+        return false;
+    const uint8_t *mask;
+    if (entry->ifa_addr->sa_family == AF_INET) {
+        *found = (struct address){.family = 4, .length = 4};
+        found->bytes = (const uint8_t *)&((const struct sockaddr_in *)(const void *)entry->ifa_addr)->sin_addr;
+        mask = (const uint8_t *)&((const struct sockaddr_in *)(const void *)entry->ifa_netmask)->sin_addr;
+    } else if (entry->ifa_addr->sa_family == AF_INET6) {
+        *found = (struct address){.family = 6, .length = 16};
+        found->bytes = (const uint8_t *)&((const struct sockaddr_in6 *)(const void *)entry->ifa_addr)->sin6_addr;
+        mask = (const uint8_t *)&((const struct sockaddr_in6 *)(const void *)entry->ifa_netmask)->sin6_addr;
+        if (found->bytes[0] == 0xfe && (found->bytes[1] & 0xc0) == 0x80)
+            return false;
+    } else {
+        return false;
+    }
+    found->prefix = prefix_of(mask, found->length);
+    return true;
+}
+
+/* Addresses that NET does not name any more, of a link that was there. Before others are added: with the first address of a
+ * subnet go those that came later. */
+static void drop_addresses(int fd, unsigned index, const char *name, struct fields fields) {
+    struct ifaddrs *all;
+    if (getifaddrs(&all) < 0)
+        return;
+    for (struct ifaddrs *entry = all; entry; entry = entry->ifa_next) {
+        struct address have;
+        if (strcmp(entry->ifa_name, name) != 0 || !address_of(entry, &have) || is_wanted(fields, &have))
+            continue;
+        struct request r;
+        struct ifaddrmsg *message = begin(&r, RTM_DELADDR, 0, sizeof(*message));
+        message->ifa_family = (uint8_t)family_of(have.family, have.length);
+        message->ifa_prefixlen = (uint8_t)have.prefix;
+        message->ifa_index = index;
+        put(&r, IFA_LOCAL, have.bytes, have.length);
+        if (ask(fd, &r) < 0)
+            debug("%s: an old address: %s", name, errno_text(errno));
+    }
+    freeifaddrs(all);
+}
+
 static int add_route(int fd, unsigned index, const struct route *route, struct error *e) {
     struct request r;
     struct rtmsg *message = begin(&r, RTM_NEWROUTE, NLM_F_CREATE | NLM_F_REPLACE, sizeof(*message));
@@ -369,6 +432,8 @@ static int configure(unsigned number, const struct wanted *w, struct fields fiel
         set_protocols(w->name[0] ? w->name : name, w->ipv6);
         result = set_up(fd, index, e);
     }
+    if (result == 0)
+        drop_addresses(fd, index, w->name[0] ? w->name : name, fields);
     if (result == 0)
         result = add_all(fd, index, fields, e);
     close(fd);

@@ -95,7 +95,9 @@ void process_attach_terminal(struct processes *all, struct process *p, int maste
 }
 
 static void give_input_credit(struct processes *all, struct process *p, size_t bytes) {
-    p->credit[STREAM_IN] += bytes;
+    size_t foreign = bytes < p->foreign ? bytes : p->foreign;
+    p->foreign -= foreign;
+    p->credit[STREAM_IN] += bytes - foreign;
     if (p->credit[STREAM_IN] < CREDIT_STEP)
         return;
     struct buffer body = {0};
@@ -137,7 +139,7 @@ static void write_input(struct processes *all, struct process *p) {
 }
 
 void process_input(struct processes *all, struct process *p, const uint8_t *data, size_t length) {
-    if (p->fds[STREAM_IN] < 0 || p->input_ends || p->input.length + length > CREDIT_INITIAL ||
+    if (p->fds[STREAM_IN] < 0 || p->input_ends || p->input.length - p->foreign + length > CREDIT_INITIAL ||
         !buffer_append(&p->input, data, length)) {
         give_input_credit(all, p, length);
         return;
@@ -203,6 +205,14 @@ void process_exited(struct process *p, int status) {
     if (p->peer >= 0)
         close(p->peer);
     p->peer = -1;
+}
+
+void process_resume(struct processes *all, struct process *p) {
+    p->credit[STREAM_IN] = 0;
+    p->foreign = p->input.length;
+    p->credit[STREAM_OUT] = p->credit[STREAM_ERR] = CREDIT_INITIAL;
+    update_output(all, p, STREAM_OUT);
+    update_output(all, p, STREAM_ERR);
 }
 
 static void send_exit(struct processes *all, struct process *p, uint64_t oom_kills) {

@@ -28,6 +28,7 @@ struct process {
     int answer; /* of one that looks into the root: what it answers, instead of an exit; -1 */
     bool only_writes; /* and CLOSE_STDIN says that nobody reads what it writes */
     struct buffer input;
+    size_t foreign; /* of input: bytes at its front that are no part of the host's credit, see process_resume */
     bool input_ends;
     bool exited, exit_sent, dead;
     int code;
@@ -54,6 +55,8 @@ void process_credit(struct processes *all, struct process *p, int stream, uint64
 int process_resize(struct process *p, uint64_t rows, uint64_t columns);
 void process_ready(struct processes *all, struct watch *watch);
 void process_exited(struct process *p, int status);
+/* The host has changed: what is said and read from now on counts against new credits. */
+void process_resume(struct processes *all, struct process *p);
 
 /* Take up what the port's queue held back, send the exits that are due and forget what is over. Milliseconds until it is to be
  * called again, -1 for never. */

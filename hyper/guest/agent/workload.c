@@ -367,3 +367,21 @@ struct process *workload_exec(struct workload *w, struct processes *all, uint32_
     process_discard(all, p);
     return NULL;
 }
+
+struct process *workload_resume(struct workload *w, struct processes *all, uint32_t id, uint8_t *body, size_t length, struct error *e) {
+    (void)body;
+    struct process *init = w->state == WORKLOAD_RUNNING && length == 0 ? process_find(all, id) : NULL;
+    if (!init || init->pid != w->pid || init->exited) {
+        fail(e, "Conflict", "no workload runs in this guest that could go on");
+        return NULL;
+    }
+    for (struct process *p = all->first; p; p = p->next) {
+        if (p == init || p->dead)
+            continue;
+        if (!p->exited)
+            kill(p->pid, SIGKILL);
+        process_discard(all, p);
+    }
+    process_resume(all, init);
+    return init;
+}

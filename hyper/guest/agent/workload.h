@@ -22,5 +22,8 @@ int workload_setup(struct workload *w, uint8_t *body, size_t length, struct erro
 /* Start init, or one more program; the process is in the table and its pid known. */
 struct process *workload_run(struct workload *w, struct processes *all, uint32_t id, uint8_t *body, size_t length, struct error *e);
 struct process *workload_exec(struct workload *w, struct processes *all, uint32_t id, uint8_t *body, size_t length, struct error *e);
+/* For another host than the one that started them: init goes on, everything else that it had started is killed. Returns init,
+ * NULL when there is none. */
+struct process *workload_resume(struct workload *w, struct processes *all, uint32_t id, uint8_t *body, size_t length, struct error *e);
 
 #endif
