@@ -13,6 +13,7 @@ from ambi.core.errors import AmbiError
 log = logging.getLogger(__name__)
 
 _KEPT = 2
+_PAUSE_S = 0.1  # after a taking: the start that it was for is over then, and the one after it
 
 
 class Spare:
@@ -38,7 +39,7 @@ class Spare:
             start = not self._filling and not self._closed
             self._filling = self._filling or start
         if start:
-            timer = threading.Timer(0.02, self.fill)  # after the start that took it, not beside it
+            timer = threading.Timer(_PAUSE_S, self.fill)
             timer.daemon = True
             timer.start()
         return fd

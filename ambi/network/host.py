@@ -62,15 +62,21 @@ class NetworkHost:
         `host` and `null`. Raises Unsupported, Conflict (the link's name is another's), Forbidden, InvalidRequest."""
         if network.driver in ("host", "null"):
             return
-        ready = self._ready.get(network.id)
-        if ready and ready[0] == network and _index(ready[1]) == ready[2]:
+        if self._is_ready(network):
             return
         with self._lock:
+            if self._is_ready(network):  # since, by whoever held the lock
+                return
             if network.driver == "bridge":
                 name, index = self._ensure_bridge(network)
             else:
                 name, index = children.ensure_parent(network, self.tag)
             self._made(network, name, index)
+
+    def _is_ready(self, network: Network) -> bool:
+        """Whether it is there as it was made, as far as its link tells."""
+        ready = self._ready.get(network.id)
+        return ready is not None and ready[0] == network and _index(ready[1]) == ready[2]
 
     def _made(self, network: Network, name: str, index: int) -> None:
         self._ready[network.id] = (network, name, index)

@@ -8,6 +8,7 @@ import socket
 import struct
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import pytest
 
 from ambi.core.errors import Conflict, InvalidRequest, Unsupported
 from ambi.network import links, sysctl
-from ambi.network.host import link_of
+from ambi.network.host import NetworkHost, link_of
 from ambi.network.model import Network, Port
 from tests.netkit import HOST4, HOST6, OUTSIDE4, OUTSIDE6, Host, Instance, Lab, network
 
@@ -333,6 +334,33 @@ def test_a_network_whose_making_nobody_waits_for(lab: Lab) -> None:
     a, b = lab.instance(new), lab.instance(new)
     at_a = a.listen(80)
     assert (b.reach(at_a, a.ip4, 80), b.reach(at_a, a.ip6, 80)) == (b.ip4, b.ip6)
+
+
+def test_who_waits_for_a_network_does_not_make_it_again(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a start does whose network is on its way."""
+    one = network("10.1.0.0/24", name="one")
+    made: list[str] = []
+    asked = threading.Semaphore(0)
+    make, is_ready = links.ensure_bridge, NetworkHost._is_ready
+
+    def slow(*args: Any) -> int:
+        made.append(one.name)
+        second.start()
+        for _ in range(3):  # twice by the first, and once by the second, which waits for it now
+            assert asked.acquire(timeout=10)
+        return make(*args)
+
+    def counted(self: NetworkHost, net: Network) -> bool:
+        found = is_ready(self, net)
+        asked.release()
+        return found
+
+    monkeypatch.setattr(links, "ensure_bridge", slow)
+    monkeypatch.setattr(NetworkHost, "_is_ready", counted)
+    second = threading.Thread(target=lambda: lab.host.net.ensure(one))
+    lab.host.net.ensure(one)
+    second.join()
+    assert made == ["one"]
 
 
 def test_another_engine_takes_over(lab: Lab) -> None:
