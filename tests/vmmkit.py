@@ -58,7 +58,7 @@ class Guest:
                     console=os.open(self.console, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600),
                     agent=agent.detach(), **parts,
                 )  # fmt: skip
-                _run(config._replace(spares=1), figures)
+                _run(config, figures)
             except BaseException:
                 traceback.print_exc()
             os._exit(1)
@@ -93,9 +93,20 @@ class Guest:
         """Ask the guest for so much of its memory."""
         self._tell(f"balloon {size_bytes}")
 
+    def memory(self, size_bytes: int) -> int:
+        """Have the guest use so much more than it booted with, or less again; what it uses when this is called."""
+        return int(self._tell(f"memory {size_bytes}")["plugged"])
+
+    def resize(self, serial: str) -> None:
+        """The file of a disk has another size."""
+        self._tell(f"resize {serial}")
+
+    def sysrq(self, key: str) -> None:
+        self._tell(f"sysrq {key}")
+
     def figures(self) -> dict[str, Any]:
         """exits: to user space by cause; devices: counters by name; kernel: KVM's statistics; balloon: what the guest has
-        given, in bytes. at: when, in seconds."""
+        given, in bytes; plugged: what it uses beyond what it booted with. at: when, in seconds."""
         return self._tell("figures")
 
     def ending(self) -> dict[str, Any]:
@@ -127,17 +138,25 @@ def _run(config: Config, figures: socket.socket) -> None:
     sys.setswitchinterval(SWITCH_S)
     loop = Loop()
     machine = Machine(config, loop)
-    balloon = Balloon()
-    slot = machine.plug(balloon)
+    transport = next(t for t in machine.transports if isinstance(t.device, Balloon))
+    balloon = transport.device
+    assert isinstance(balloon, Balloon)
 
     def asked(_: int) -> None:
         words = figures.recv(100).split()
         if not words:
             os._exit(0)
         if words[0] == b"balloon":
-            machine.transports[slot].run(lambda: balloon.resize(int(words[1])))
+            transport.run(lambda: balloon.resize(int(words[1])))
+        elif words[0] == b"memory":
+            machine.resize_memory(int(words[1]))
+        elif words[0] == b"resize":
+            machine.resize_disk(words[1].decode())
+        elif words[0] == b"sysrq":
+            machine.uart.send_sysrq(words[1])
         found = {
             "balloon": balloon.actual,
+            "plugged": machine.memory_plugged(),
             "exits": machine.exits(),
             "devices": machine.counters(),
             "kernel": machine.kernel_stats(),

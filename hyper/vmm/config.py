@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from ambi.core.errors import InvalidRequest
-from hyper.vmm.layout import MAX_VCPUS, SLOTS, ram
+from hyper.vmm.layout import MAX_VCPUS, SLOTS, hotplug, ram
 
 
 class Extent(NamedTuple):
@@ -45,12 +45,20 @@ class Share(NamedTuple):
     socket: int
 
 
+class Vsock(NamedTuple):
+    """Sockets to the host: the guest's number there, which is its own already, and a descriptor of /dev/vhost-vsock."""
+
+    cid: int
+    fd: int
+
+
 class Config(NamedTuple):
     """kvm: a descriptor of /dev/kvm. kernel, initramfs: of regular files. console: of a stream that takes what the serial
     port says. agent: of the stream socket to the driver, or -1. control: of the control socket, or -1. memory: of a file of
     memory_bytes for RAM, or -1 for memory of our own; memory_shared: others map it too (shares need that), else it is copied
-    on write. state: of a saved machine that goes on, or -1 for a boot. spares: virtio-mmio slots without
-    a device, for later ones."""
+    on write. hotplug_bytes: the most that the guest may get beyond memory_bytes while it runs. state: of a saved machine
+    that goes on, or -1 for a boot. chain: state and memory of a snapshot that RAM is filled from, behind those that it is a
+    difference to. spares: virtio-mmio slots without a device, for later ones."""
 
     kvm: int
     kernel: int
@@ -69,6 +77,8 @@ class Config(NamedTuple):
     shares: tuple[Share, ...] = ()
     spares: int = 0
     name: str = ""
+    hotplug_bytes: int = 0
+    vsock: Vsock | None = None
 
 
 def check(config: Config) -> None:
@@ -89,5 +99,6 @@ def check(config: Config) -> None:
 
 
 def slots_of(config: Config) -> int:
-    """How many virtio-mmio slots the machine has: its devices, with the two that every machine has, and the spares."""
-    return 2 + len(config.disks) + len(config.nics) + len(config.shares) + config.spares
+    """How many virtio-mmio slots the machine has: its devices, with the three that every machine has, and the spares."""
+    always = 3 + (hotplug(config.memory_bytes, config.hotplug_bytes) is not None) + (config.vsock is not None)
+    return always + len(config.disks) + len(config.nics) + len(config.shares) + config.spares

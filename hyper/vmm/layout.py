@@ -44,6 +44,7 @@ FIRST_SLOT_GSI = 5
 SLOTS = 19  # the I/O APIC has 24 pins; GSI 0 to 4 are not for devices that are found through ACPI
 
 MIN_MEMORY = 64 * MIB
+HOTPLUG_BLOCK = 128 * MIB  # what Linux adds memory by
 MAX_MEMORY = 1 << 40
 MAX_VCPUS = 16
 
@@ -68,6 +69,18 @@ def ram(memory_bytes: int) -> tuple[Piece, ...]:
     if size <= RAM_HOLE:
         return (low,)
     return low, Piece(RAM_ABOVE, size - RAM_HOLE, RAM_HOLE)
+
+
+def hotplug(memory_bytes: int, hotplug_bytes: int) -> Piece | None:
+    """The region above RAM for memory that comes while the guest runs: whole blocks of it, or None for less than one.
+
+    RAM does not touch it: no buffer of a driver is in both.
+    """
+    size = min(hotplug_bytes, MAX_MEMORY - memory_bytes) // HOTPLUG_BLOCK * HOTPLUG_BLOCK
+    if size <= 0:
+        return None
+    last = ram(memory_bytes)[-1]
+    return Piece(max(RAM_ABOVE, (last.gpa + last.size) // GIB * GIB + GIB), size, 0)
 
 
 def slot_address(slot: int) -> int:

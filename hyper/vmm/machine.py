@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import threading
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
+from ambi.core.errors import InvalidRequest, NotFound
 from ambi.core.loop import POLLIN, Loop
 from ambi.core.undo import Undo
 from hyper.kvm import api
@@ -29,13 +30,18 @@ from hyper.vmm.uart import Uart
 from hyper.vmm.vcpus import Vcpus
 from hyper.vmm.virtio import mmio
 from hyper.vmm.virtio.device import Device
+from hyper.vmm.virtio.blk import Blk
 
+from hyper.vmm.virtio.mem import Mem
+
+D = TypeVar("D", bound=Device)
 NEEDED = (
     api.KVM_CAP_IRQCHIP, api.KVM_CAP_USER_MEMORY, api.KVM_CAP_READONLY_MEM, api.KVM_CAP_IRQFD, api.KVM_CAP_IOEVENTFD,
     api.KVM_CAP_IMMEDIATE_EXIT, api.KVM_CAP_TSC_DEADLINE_TIMER, api.KVM_CAP_EXT_CPUID,
 )  # fmt: skip
 WORDS = (*PCI_WORDS, "i8042.nopnp=0")  # ACPI says that there is no keyboard controller: the kernel need not try its ports
 REGISTER_SLOT = 8  # the memory slot of the virtio register pages; RAM has those below, windows of devices those above
+HOTPLUG_SLOT = 7  # the memory slot of the region of memory that comes later
 
 
 class Ending(NamedTuple):
@@ -58,6 +64,8 @@ class Machine:
         self.mmio = Bus()
         self.transports: list[mmio.Transport] = []
         self._loop = loop
+        self.region = layout.hotplug(config.memory_bytes, config.hotplug_bytes)
+        self.grown = False  # there is memory in the region
         self._lock = threading.Lock()
         self._undo = Undo()
         try:
@@ -78,7 +86,7 @@ class Machine:
         self.ram = tuple(self._own(self._make_ram(piece)) for piece in self._pieces)
         for slot, (piece, memory) in enumerate(zip(self._pieces, self.ram, strict=True)):
             self.vm.add_memory(slot, piece.gpa, memory)
-        self.memory = GuestMemory((piece.gpa, memory) for piece, memory in zip(self._pieces, self.ram, strict=True))
+        self.memory = self.booted
         self.vm.create_irqchip()
         self._add_ports()
         self._add_slots()
@@ -208,6 +216,64 @@ class Machine:
         """End the machine, from any thread; the first to say so is believed."""
         with self._lock:
             if self.ending is None:
+    # changes while it runs, from the loop's thread
+
+    def resize_memory(self, size_bytes: int) -> int:
+        """Ask the guest to use so much beyond what it booted with; how much it uses now, which follows when it likes.
+
+        Raises InvalidRequest (more than it can ever have), OSError; nothing is changed then.
+        """
+        found = self._find(Mem)
+        most = 0 if self.region is None else self.region.size
+        if found is None or not 0 <= size_bytes <= most:
+            raise InvalidRequest(
+                f"a virtual machine that booted with {self.config.memory_bytes >> 20} MiB can have {most >> 20} MiB more,"
+                f" not {size_bytes >> 20}"
+            )
+        transport, device = found
+        if size_bytes and not self.grown:
+            self._add_region()
+        transport.run(lambda: device.resize(size_bytes))
+        return device.plugged
+
+    @property
+    def booted(self) -> GuestMemory:
+        """The RAM that the machine began with."""
+        return GuestMemory((piece.gpa, memory) for piece, memory in zip(self._pieces, self.ram, strict=True))
+
+    def memory_plugged(self) -> int:
+        """What the guest uses beyond what it booted with."""
+        found = self._find(Mem)
+        return found[1].plugged if found else 0
+
+    def _add_region(self) -> None:
+        """The whole region, of which nothing is there until it is touched. It stays until the end."""
+        assert self.region is not None
+        shared = self.config.memory >= 0 and self.config.memory_shared
+        memory = Memory.memfd(self.region.size, "guest memory") if shared else Memory(self.region.size)
+        try:
+            self.vm.add_memory(HOTPLUG_SLOT, self.region.gpa, memory)
+        except BaseException:
+            memory.close()
+            raise
+        self._own(memory)
+        self.memory.add(self.region.gpa, memory)
+        self.grown = True
+        for transport in self.transports:
+            transport.run(transport.device.memory_changed)
+
+    def resize_disk(self, serial: str) -> int:
+        """Look at the size of the file behind the disk `serial` again, and tell the guest: bytes. Raises NotFound."""
+        for transport in self.transports:
+            device = transport.device
+            if isinstance(device, Blk) and device.serial == serial:
+                transport.run(device.refresh)
+                return device.size
+        raise NotFound(f"the machine has no disk {serial}")
+
+    def _find(self, kind: type[D]) -> tuple[mmio.Transport, D] | None:
+        return next(((t, t.device) for t in self.transports if isinstance(t.device, kind)), None)
+
                 self.ending = Ending(cause, detail)
         self.vcpus.stop()
         os.eventfd_write(self._wake, 1)

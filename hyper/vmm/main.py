@@ -7,7 +7,7 @@ import socket
 import sys
 from typing import Any, NoReturn
 
-from ambi.core.errors import AmbiError
+from ambi.core.errors import AmbiError, InvalidRequest
 from ambi.core.loop import Loop
 from hyper.vmm import filter as syscalls
 from hyper.vmm import saving, snapshot
@@ -73,6 +73,9 @@ def _control(machine: Machine, loop: Loop) -> Control | None:
     verbs = {
         "figures": lambda *_: figures(machine),
         "pause": lambda *_: _pause(machine),
+        "memory": lambda request, _: _memory(machine, request),
+        "resize": lambda request, _: {"bytes": machine.resize_disk(str(request.get("serial")))},
+        "sysrq": lambda request, _: _sysrq(machine, request),
         "resume": lambda *_: _resume(machine),
         "save": lambda _, fds: {"snapshot": saving.save(machine, *fds)},
     }
@@ -99,4 +102,19 @@ def _pause(machine: Machine) -> dict[str, Any]:
 
 def _resume(machine: Machine) -> dict[str, Any]:
     machine.resume()
+    return {}
+
+
+def _memory(machine: Machine, request: dict[str, Any]) -> dict[str, Any]:
+    """Ask for `bytes`, if given, beyond what the guest booted with; what it uses of it."""
+    wanted = request.get("bytes")
+    return {"plugged": machine.resize_memory(wanted) if isinstance(wanted, int) else machine.memory_plugged()}
+
+
+def _sysrq(machine: Machine, request: dict[str, Any]) -> dict[str, Any]:
+    """A break on the serial port, and `key` behind it."""
+    key = str(request.get("key"))
+    if len(key) != 1 or not key.isascii():
+        raise InvalidRequest(f"{key!r} is no key of SysRq")
+    machine.uart.send_sysrq(key.encode())
     return {}

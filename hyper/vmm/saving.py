@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from ambi.core.errors import Corrupt, Unsupported
+from ambi.core.errors import Conflict, Corrupt, Unsupported
 from hyper.kvm import state as kvm_state
 from hyper.kvm.errors import KvmError
 from hyper.vmm import snapshot, snapshot_memory
@@ -29,11 +29,14 @@ def save(machine: Machine, state: int, memory: int | None = None, chain: snapsho
     The result is the snapshot's id. The machine stands still afterwards, until `resume`. Raises an AmbiError of the files.
     """
     machine.pause()
+    more = machine.memory_plugged()
+    if more:
+        raise Conflict(f"the guest uses {more >> 20} MiB more than it booted with: take it back before it is saved")
     found = _collect(machine)
     sections = {SECTION: json.dumps(found, separators=(",", ":")).encode()}
     regions = tuple((region.gpa, region.end - region.gpa) for region in machine.memory.regions)
     if memory is not None:
-        sections |= snapshot_memory.write_memory(memory, machine.memory, chain)
+        sections |= snapshot_memory.write_memory(memory, machine.booted, chain)
     parent = chain.top.id if chain else None
     return snapshot.write_state(state, this_host(machine), regions, sections, parent=parent)
 

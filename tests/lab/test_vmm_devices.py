@@ -19,9 +19,10 @@ from typing import Any
 import pytest
 
 from ambi.core.deadline import Deadline
+from ambi.core.errors import InvalidRequest
 from ambi.linux import tap
 from ambi.network import namespaces
-from hyper.guest.protocol import AddressTag, NetTag, SetupTag, Type
+from hyper.guest.protocol import AddressTag, CpusTag, NetTag, SetupTag, Type
 from hyper.vm import share
 from hyper.vmm.config import Disk, Extent, Nic, Share
 from tests.netkit import Place
@@ -37,6 +38,7 @@ NICS = (("10.77.1", b"\x02\xab\0\0\0\1"), ("10.77.2", b"\x02\xab\0\0\0\2"))  # t
 DISK_BYTES = 64 << 20
 MEMORY_MIB = 256
 BALLOON = 16 << 20
+MORE = 512 << 20
 
 
 class Rig:
@@ -57,7 +59,8 @@ class Rig:
         fds += [self._share(directory, stack), os.memfd_create("ram")]
         os.truncate(fds[-1], MEMORY_MIB << 20)
         self.guest = Guest(
-            directory, fds=tuple(fds), memory_mib=MEMORY_MIB, memory=fds[-1], shares=(Share("binds", fds[-2]),),
+            directory, fds=tuple(fds), memory_mib=MEMORY_MIB, memory=fds[-1], hotplug_bytes=MORE << 1,
+            shares=(Share("binds", fds[-2]),),
             disks=(Disk("layers", extents=(Extent(fds[0], sectors, 0),)), Disk("scratch", fds[1], readonly=False)),
             nics=tuple(Nic(mac, fds[3 + n], None if n else fds[2]) for n, (_, mac) in enumerate(NICS)),
         )  # fmt: skip
@@ -139,8 +142,8 @@ def test_reads_and_a_stream_by_vhost_without_exits(rig: Rig, capsys: pytest.Capt
     middle = rig.guest.figures()
     assert rig.stream(0, STREAM) == STREAM
     after = rig.guest.figures()
-    assert middle["devices"]["blk3"]["requests"] - before["devices"]["blk3"]["requests"] >= READS
-    assert after["devices"]["net4"]["requests"] == 0, "the kernel does not serve the NIC"
+    assert middle["devices"]["blk5"]["requests"] - before["devices"]["blk5"]["requests"] >= READS
+    assert after["devices"]["net6"]["requests"] == 0, "the kernel does not serve the NIC"
     _show(capsys, "reads", before, middle)
     _show(capsys, "stream by vhost", middle, after)
     assert _count(after) - _count(before) < MOST_EXITS
@@ -152,7 +155,7 @@ def test_a_stream_by_hand_without_exits(rig: Rig, capsys: pytest.CaptureFixture[
     assert rig.stream(1, STREAM >> 2) == STREAM >> 2
     after = rig.guest.figures()
     _show(capsys, "stream by hand", before, after)
-    assert after["devices"]["net5"]["bytes"] - before["devices"]["net5"]["bytes"] >= STREAM >> 2
+    assert after["devices"]["net7"]["bytes"] - before["devices"]["net7"]["bytes"] >= STREAM >> 2
     assert _count(after) - _count(before) < MOST_EXITS
 
 
@@ -165,7 +168,7 @@ def test_a_shared_directory_without_exits(rig: Rig, capsys: pytest.CaptureFixtur
     after = rig.guest.figures()
     assert (rig.shared / "d" / "ours").read_bytes() == content * 2
     _show(capsys, "shared directory", before, after)
-    assert after["devices"]["fs6"]["stopped"] == 0 and _count(after) - _count(before) < MOST_EXITS
+    assert after["devices"]["fs8"]["stopped"] == 0 and _count(after) - _count(before) < MOST_EXITS
 
 
 def test_a_disk_that_shrinks(rig: Rig) -> None:
@@ -186,7 +189,7 @@ def test_memory_goes_back_to_the_host(rig: Rig) -> None:
     guest.run(use)
     before = _resident(guest.pid)
     wait_until(lambda: _resident(guest.pid) < before - (24 << 20))
-    assert guest.figures()["devices"]["balloon7"]["reported"] > 24 << 20
+    assert guest.figures()["devices"]["balloon2"]["reported"] > 24 << 20
     free = _free(guest)
     guest.balloon(BALLOON)
     wait_until(lambda: guest.figures()["balloon"] == BALLOON)
@@ -194,6 +197,40 @@ def test_memory_goes_back_to_the_host(rig: Rig) -> None:
     guest.balloon(0)
     wait_until(lambda: guest.figures()["balloon"] == 0)
     guest.run(use)
+
+
+@pytest.mark.timeout(600)
+def test_memory_that_comes_and_goes(rig: Rig, capsys: pytest.CaptureFixture[str]) -> None:
+    """The guest uses it, and so do the back-ends of the kernel and of virtiofsd; and it goes back to the host."""
+    guest = rig.guest
+    total, before = _total(guest), guest.figures()
+    guest.memory(MORE)
+    wait_until(lambda: guest.figures()["plugged"] == MORE)
+    assert _total(guest) - total > MORE - (16 << 20)
+    _show(capsys, f"{MORE >> 20} MiB more", before, guest.figures())
+    guest.run(
+        "mkdir -p /tmp/m && mount -t tmpfs -o size=400m m /tmp/m && dd if=/dev/zero of=/tmp/m/f bs=1M count=360", PATIENCE_S
+    )
+    assert rig.stream(0, STREAM >> 4) == STREAM >> 4
+    guest.run("dd if=/tmp/m/f of=/share/big bs=1M count=8 && cmp -n 8388608 /tmp/m/f /share/big", PATIENCE_S)
+    guest.run("umount /tmp/m && rm /share/big && echo 3 > /proc/sys/vm/drop_caches")
+    guest.memory(0)
+    wait_until(lambda: guest.figures()["plugged"] == 0)
+    assert _total(guest) - total < 8 << 20
+    guest.run("true")
+    assert guest.figures()["devices"]["mem3"]["stopped"] == 0
+
+
+def test_a_disk_that_grows(rig: Rig) -> None:
+    os.truncate(rig.disk, DISK_BYTES * 2)
+    rig.guest.resize("scratch")
+    sectors = "cat /sys/block/vdb/size"
+    wait_until(lambda: int(rig.guest.run(sectors)) * 512 == DISK_BYTES * 2)
+    rig.guest.run(f"dd if=/dev/vdb of=/dev/null bs=4k count=1 iflag=direct skip={DISK_BYTES * 2 // 4096 - 1}")
+
+
+def _total(guest: Guest) -> int:
+    return int(guest.run("grep MemTotal /proc/meminfo").split()[1]) << 10
 
 
 def _free(guest: Guest) -> int:
@@ -204,7 +241,36 @@ def test_a_server_of_files_that_dies_ends_the_machine(rig: Rig) -> None:
     """The last test: a workload whose files never answer is not left to hang."""
     rig.server.kill()
     ending = rig.guest.ending()
-    assert ending["cause"] == "device" and ending["detail"].startswith("fs6: the host: ")
+    assert ending["cause"] == "device" and ending["detail"].startswith("fs8: the host: ")
+
+
+@pytest.mark.parametrize("vcpus", [1, 2])
+def test_a_guest_whose_agent_is_not_asked_powers_off_by_sysrq(vcpus: int, tmp_path: Path) -> None:
+    guest = Guest(tmp_path, vcpus=vcpus, memory_mib=128)
+    try:
+        for key in "suo":
+            guest.sysrq(key)
+        assert guest.ending()["cause"] == "guest-shutdown"
+    finally:
+        guest.close()
+
+
+def test_cpus_go_off_line_and_come_back(tmp_path: Path) -> None:
+    layers = layers_disk([busybox_layer(tmp_path)], tmp_path / "layers.img")
+    fd = os.open(layers, os.O_RDONLY)
+    disk = Disk("layers", extents=(Extent(fd, layers.stat().st_size // 512, 0),))
+    guest = Guest(tmp_path, vcpus=4, fds=(fd,), disks=(disk,))
+    try:
+        guest.setup((SetupTag.LAYERS, 1))
+        for count in (4, 1, 3, 4):
+            guest.client.request(Type.CPUS, ((CpusTag.COUNT, count),), Deadline.after(BOOT_S))
+            assert guest.run("nproc") == f"{count}\n"
+        for count in (0, 5):
+            with pytest.raises(InvalidRequest, match=f"4 CPUs: {count} cannot"):
+                guest.client.request(Type.CPUS, ((CpusTag.COUNT, count),), Deadline.after(BOOT_S))
+        assert guest.run("nproc") == "4\n"
+    finally:
+        guest.close()
 
 
 def wait_until(true: Callable[[], bool]) -> None:

@@ -263,16 +263,27 @@ def test_memory_goes_around_the_hole() -> None:
             layout.ram(wrong)
 
 
+def test_memory_that_comes_later_is_above_ram_and_does_not_touch_it() -> None:
+    assert layout.hotplug(256 * MIB, 0) is None and layout.hotplug(256 * MIB, 127 * MIB) is None
+    assert layout.hotplug(256 * MIB, 300 * MIB) == layout.Piece(4 << 30, 256 * MIB, 0)
+    for size in (3 << 30, (3 << 30) + MIB, 4 << 30, (5 << 30) - MIB):
+        region, last = layout.hotplug(size, 1 << 30), layout.ram(size)[-1]
+        assert region is not None and region.gpa % (1 << 30) == 0
+        assert region.gpa >= 4 << 30 and region.gpa > last.gpa + last.size
+    assert layout.hotplug(layout.MAX_MEMORY - (1 << 30), 1 << 40) == layout.Piece((1 << 40) + (1 << 30), 1 << 30, 0)
+
+
 def test_machines_that_cannot_be_are_refused() -> None:
     good = config.Config(-1, -1, None, "", vcpus=16, memory_bytes=64 * MIB, console=-1)
     config.check(good)
-    config.check(good._replace(spares=layout.SLOTS - 2))
+    config.check(good._replace(spares=layout.SLOTS - 3))
+    config.check(good._replace(spares=layout.SLOTS - 4, hotplug_bytes=1 << 30))
     disk = config.Disk("d", fd=3)
     for bad, words in (
         (good._replace(vcpus=17), "17 CPUs: 1 to 16"),
         (good._replace(vcpus=0), "0 CPUs"),
         (good._replace(memory_bytes=MIB), "1 MiB of memory"),
-        (good._replace(disks=(disk,) * layout.SLOTS), "room for 19 devices, and 21"),
+        (good._replace(disks=(disk,) * layout.SLOTS), "room for 19 devices, and 22"),
         (good._replace(shares=(config.Share("root", 3),)), "give a memfd"),
     ):
         with pytest.raises(InvalidRequest, match=words):

@@ -55,6 +55,27 @@ def test_the_divisor_is_not_sent(line: Line) -> None:
     assert line.sent == b"" and line.get(IER) == 0 and line.get(LCR) == 3
 
 
+def test_a_break_and_a_key_are_all_that_is_received(line: Line) -> None:
+    """As Linux takes it: a status with a break, the zero that it stands for, and then the key."""
+    line.uart.send_sysrq(b"s")
+    assert line.edges == 0, "nobody has opened the port"
+    line.put(IIR_FCR, 0x01)
+    line.put(IER, 0x05)
+    assert line.edges == 1, "what came before is told"
+    assert (line.get(IIR_FCR), line.get(LSR), line.get(RX_TX)) == (0xC4, 0x71, 0)
+    assert (line.get(IIR_FCR), line.get(LSR), line.get(RX_TX)) == (0xC4, 0x61, ord("s"))
+    assert (line.get(IIR_FCR), line.get(LSR), line.get(RX_TX)) == (0xC1, 0x60, 0)
+    line.uart.send_sysrq(b"u")
+    assert line.edges == 2
+    for _ in range(100):
+        line.uart.send_sysrq(b"o")
+    found = 0
+    while line.get(LSR) & 1:
+        line.get(RX_TX)
+        found += 1
+    assert found == 16, "a guest that does not read has its last ones"
+
+
 def test_an_interrupt_for_each_time_that_the_transmitter_becomes_empty(line: Line) -> None:
     line.put(IIR_FCR, 0x01)
     line.put(IER, 0x02)
@@ -143,7 +164,7 @@ def test_whatever_a_guest_does_to_its_ports(line: Line) -> None:
         assert len(bus.read(dice.choice(bases) + dice.randrange(9), size)) == size, seed
     state = line.uart.save()
     assert all(0 <= state[name] <= 0xFF for name in ("ier", "lcr", "mcr", "scratch")), seed
-    assert state["divisor"] <= 0xFFFF and set(calls) == {1, 2}
+    assert state["divisor"] <= 0xFFFF and set(calls) <= {1, 2}, seed
 
 
 def test_pci_is_there_and_empty() -> None:

@@ -46,6 +46,7 @@ class Blk(Device):
     def __init__(self, disk: Disk, serial: str) -> None:
         super().__init__()
         self._disk = disk
+        self.serial = serial
         self._serial = serial.encode()[:ID_BYTES].ljust(ID_BYTES, b"\0")
         self._write_through = False
         self.features = RING_FEATURES | F_SIZE_MAX | F_SEG_MAX | F_BLK_SIZE | F_FLUSH
@@ -58,6 +59,10 @@ class Blk(Device):
             self._disk.size // SECTOR, MAX_SEGMENT, QUEUE_SIZE - 2, 0, 0, 0, SECTOR, 0, 0, 0, 0, 1, 0, 1,
             MAX_DISCARD, MAX_RANGES, 8, MAX_ZEROES, MAX_RANGES, 1,
         )  # fmt: skip
+
+    @property
+    def size(self) -> int:
+        return self._disk.size
 
     def refresh(self) -> None:
         """The file has another size: tell the guest. Through Transport.run."""

@@ -80,6 +80,9 @@ class Device:
     def resume(self) -> None:
         """Go on after `drain`, or after `activate` in a machine that is restored."""
 
+    def memory_changed(self) -> None:
+        """The port's memory has one region more: tell a back-end that was given the others."""
+
     def counters(self) -> dict[str, int]:
         return dict(self.counts)
 

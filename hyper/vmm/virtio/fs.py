@@ -54,6 +54,10 @@ class Fs(Device):
         self._backend.stop()
         self._backend.start(self.port, self._features, used)
 
+    def memory_changed(self) -> None:
+        if self._backend is not None:
+            self._backend.memory_changed()
+
     def drain(self) -> None:
         if self._backend is not None:
             self._backend.stop()

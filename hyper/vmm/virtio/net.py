@@ -119,6 +119,10 @@ class Net(Device):
             self._set_backend(-1)
         self._vhost.stop()
 
+    def memory_changed(self) -> None:
+        if self._vhost is not None:
+            self._vhost.memory_changed()
+
     def reset(self) -> None:
         self._active = False
         self.drain()

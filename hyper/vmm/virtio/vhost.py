@@ -60,6 +60,11 @@ class Vhost:
             self._queues[index] = queue
         port.watch(self._error, POLLIN, self._failed)
 
+    def memory_changed(self) -> None:
+        """While it serves queues, too. Raises OSError."""
+        if self._port is not None:
+            self._set_memory(self._port.memory)
+
     def _set_memory(self, memory: GuestMemory) -> None:
         regions = memory.regions
         table = struct.pack("=II", len(regions), 0)

@@ -79,13 +79,22 @@ class VhostUser:
         self._send(SET_OWNER)
         self._has_owner = True
 
+    def memory_changed(self) -> None:
+        """While it serves queues, too. Raises OSError."""
+        if self._port is not None:
+            self._set_memory(self._port.memory)
+
     def _set_memory(self, memory: GuestMemory) -> None:
+        """RAM is one file, what came later has each its own."""
         table = _STATE.pack(len(memory.regions), 0)
         offset = 0
+        fds = []
         for region in memory.regions:
-            table += _REGION.pack(region.gpa, region.end - region.gpa, region.memory.address, offset)
-            offset += region.end - region.gpa
-        self._send(SET_MEM_TABLE, table, [self._memory_fd] * len(memory.regions), acknowledged=True)
+            own = getattr(region.memory, "fd", -1)
+            table += _REGION.pack(region.gpa, region.end - region.gpa, region.memory.address, 0 if own >= 0 else offset)
+            fds.append(own if own >= 0 else self._memory_fd)
+            offset += 0 if own >= 0 else region.end - region.gpa
+        self._send(SET_MEM_TABLE, table, fds, acknowledged=True)
 
     def _set_queue(self, index: int, queue: Queue, port: Port) -> None:
         descriptors, driver, device = queue.addresses

@@ -70,6 +70,9 @@ class Vsock(Device):
             queue.signal()
             self._to_tell = False
 
+    def memory_changed(self) -> None:
+        self._vhost.memory_changed()
+
     def drain(self) -> None:
         if self._running:
             self._run(0)
