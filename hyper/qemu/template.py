@@ -29,6 +29,8 @@ CAPABILITY = ({"capability": "x-ignore-shared", "state": True},)
 class QemuTemplates:
     """Implements hyper.vm.backend.Templates."""
 
+    shares = False  # QEMU's device for virtiofsd is not to be saved, nor is there one without a virtiofsd
+
     def words(self, hardware: Hardware) -> tuple[str, ...]:
         qemu = probe.find_qemu()
         if qemu is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
-from typing import NamedTuple, Protocol
+from typing import ClassVar, NamedTuple, Protocol
 
 from ambi.core.deadline import Deadline
 from hyper.vm.cgroup import Cgroup
@@ -47,7 +47,12 @@ class Place(NamedTuple):
 
 
 class Templates(Protocol):
-    """How a back-end saves an idle guest and goes on from copies of it; see hyper/vm/template.py for the rest."""
+    """How a back-end saves an idle guest and goes on from copies of it; see hyper/vm/template.py for the rest.
+
+    shares: whether a copy may have file trees by virtiofs, which its template has not.
+    """
+
+    shares: ClassVar[bool]
 
     def words(self, hardware: Hardware) -> tuple[str, ...]:
         """All that a saved guest of `hardware` depends on, beside its kernel and initramfs: a copy needs the same."""
@@ -59,7 +64,7 @@ class Templates(Protocol):
         """Stop the guest for good: all of its state but for the memory, which is complete in its file."""
 
     def restore(self, hardware: Hardware, state: bytes, place: Place, by: Deadline) -> Monitor:
-        """Start `hardware`, whose memory is a private copy, where the saved guest stopped; it runs when this returns.
+        """Start `hardware`, whose memory is to be a copy of its file, where the saved guest stopped; it runs when this ends.
 
         Raises Unavailable, Internal (it is not to be restored), DeadlineExceeded; nothing runs then.
         """

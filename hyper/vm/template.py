@@ -36,18 +36,19 @@ def start(backend: Backend, hardware: Hardware, guest_dir: Path, place: Place, b
 
     A template that is damaged, or cannot be made, is a line of our log, and the guest boots. Raises as `start` does.
     """
-    templates = backend.templates() if _fits(hardware) else None
-    if templates is not None:
+    templates = backend.templates()
+    if templates is not None and _fits(hardware, templates):
         monitor = _copy(templates, hardware, Store(guest_dir / DIRECTORY), place, by)
         if monitor is not None:
             return monitor
     return backend.start(hardware, place)
 
 
-def _fits(hardware: Hardware) -> bool:
-    """Whether a copy can be this machine: a file tree by virtiofs is a connection that no saved guest has."""
+def _fits(hardware: Hardware, templates: Templates) -> bool:
+    """Whether a copy can be this machine: a file tree by virtiofs is a connection that no saved guest has, so it must be one
+    that the back-end can add."""
     layered = hardware.layers is not None and hardware.disk is not None
-    return layered and not hardware.shares and os.environ.get(CHOICE) != "off"
+    return (templates.shares or (layered and not hardware.shares)) and os.environ.get(CHOICE) != "off"
 
 
 def _copy(templates: Templates, hardware: Hardware, store: Store, place: Place, by: Deadline) -> Monitor | None:

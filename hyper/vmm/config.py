@@ -71,6 +71,7 @@ class Config(NamedTuple):
     control: int = -1
     memory: int = -1
     memory_shared: bool = True
+    source: int = -1
     state: int = -1
     disks: tuple[Disk, ...] = ()
     nics: tuple[Nic, ...] = ()

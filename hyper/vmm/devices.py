@@ -33,7 +33,7 @@ def build(config: Config) -> list[Device]:
             made.append(_disk(disk))
         for nic in config.nics:
             made.append(_nic(nic))
-        for share in config.shares:
+        for share in config.shares:  # the last: in a template their slots are spare
             made.append(Fs(share.tag, VhostUser(share.socket, config.memory)))
     except BaseException:
         for device in made:

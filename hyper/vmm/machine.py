@@ -21,6 +21,7 @@ from hyper.vmm.bus import Bus
 from hyper.vmm.config import Config, check, slots_of
 from hyper.vmm.console import Console
 from hyper.vmm.devices import build as build_devices
+from hyper.vmm.fill import fill
 from hyper.vmm.memory import GuestMemory
 from hyper.vmm.pci import PORTS as PCI_PORTS
 from hyper.vmm.pci import WORDS as PCI_WORDS
@@ -111,7 +112,10 @@ class Machine:
     def _make_ram(self, piece: layout.Piece) -> Memory:
         if self.config.memory < 0:
             return Memory(piece.size)
-        return Memory.of_file(self.config.memory, piece.size, piece.offset, shared=self.config.memory_shared)
+        memory = Memory.of_file(self.config.memory, piece.size, piece.offset, shared=self.config.memory_shared)
+        if self.config.source >= 0:
+            fill(memory.view, self.config.source, piece.offset)
+        return memory
 
     def _add_ports(self) -> None:
         self._wake = self._eventfd()

@@ -13,24 +13,31 @@ from hyper.vm import jail, words
 from hyper.vm.backend import Place
 from hyper.vm.hardware import Hardware, Memory
 from hyper.vmm import main
-from hyper.vmm.config import Config, Disk, Extent, Nic, Share, check
+from hyper.vmm.config import Config, Disk, Extent, Nic, Share, check, slots_of
+from hyper.vmm.layout import SLOTS
 from hyper.vmm.monitor import VmmMonitor
 
+SPARES = 4  # slots for file trees and disks, now or later, where a machine has room for them
 KVM = "/dev/kvm"
 NAME = "ambi-vmm"
 
 
 def start(hardware: Hardware, place: Place, *, state: int = -1) -> VmmMonitor:
-    """`hardware.control` is made here. state: a descriptor of a saved machine that goes on. Raises an AmbiError."""
+    """`hardware.control` is made here. state: a descriptor of a saved machine that goes on. Raises an AmbiError.
+
+    With file trees the memory is a memfd, which virtiofsd can map; where a private copy is asked for, it is filled with it.
+    """
+    source = -1
     try:
         kvm = place.handles.add(os.open(KVM, os.O_RDWR | os.O_CLOEXEC))
-        if hardware.shares and hardware.memory is None:
+        if hardware.shares and not hardware.blank and (hardware.memory is None or not hardware.memory.shared):
+            source = hardware.memory.fd if hardware.memory is not None else -1
             shared = place.handles.add(memfd.sized("guest memory", hardware.memory_bytes))
             hardware = hardware._replace(memory=Memory(shared, shared=True))
     except OSError as error:
         raise from_os_error("cannot make a virtual machine", error) from error
     control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    config = configure(hardware._replace(control=theirs.fileno()), kvm)._replace(state=state)
+    config = configure(hardware._replace(control=theirs.fileno()), kvm)._replace(state=state, source=source)
     try:
         check(config)
         child = jail.fork(NAME, place.output, lambda: _prepare(place), lambda: _become(config), alone=True)
@@ -43,7 +50,8 @@ def start(hardware: Hardware, place: Place, *, state: int = -1) -> VmmMonitor:
 
 
 def configure(hardware: Hardware, kvm: int) -> Config:
-    """The monitor's own words for `hardware`. With `blank` nothing is behind its disks and NICs."""
+    """The monitor's own words for `hardware`. With `blank` nothing is behind its disks and NICs, and the slots of its file
+    trees are spare."""
     disks = []
     if hardware.layers is not None:
         extents = () if hardware.blank else tuple(Extent(*extent) for extent in hardware.layers.extents)
@@ -54,7 +62,7 @@ def configure(hardware: Hardware, kvm: int) -> Config:
     for volume in hardware.volumes:
         disks.append(Disk(volume.serial, -1 if hardware.blank else volume.fd, readonly=volume.readonly))
     memory = hardware.memory
-    return Config(
+    config = Config(
         name=hardware.name,
         kvm=kvm,
         kernel=hardware.kernel,
@@ -69,8 +77,10 @@ def configure(hardware: Hardware, kvm: int) -> Config:
         control=hardware.control,
         disks=tuple(disks),
         nics=tuple(_nic(nic.mac, nic.fd, nic.vhost, blank=hardware.blank) for nic in hardware.nics),
-        shares=tuple(Share(share.tag, share.fd) for share in hardware.shares),
     )
+    shares = () if hardware.blank else tuple(Share(share.tag, share.fd) for share in hardware.shares)
+    spares = max(0, min(SPARES, SLOTS - slots_of(config)) - len(shares))
+    return config._replace(shares=shares, spares=spares)
 
 
 def _nic(mac: bytes, tap: int, vhost: int | None, *, blank: bool) -> Nic:
@@ -95,7 +105,7 @@ def _become(config: Config) -> NoReturn:
 def descriptors(config: Config) -> set[int]:
     """All that `config` names."""
     found: set[int | None] = {config.kvm, config.kernel, config.initramfs, config.console, config.agent, config.control}
-    found |= {config.memory, config.state}
+    found |= {config.memory, config.source, config.state}
     for disk in config.disks:
         found |= {disk.fd, *(extent.fd for extent in disk.extents)}
     for nic in config.nics:

@@ -21,6 +21,8 @@ MAX_STATE = 8 << 20
 class VmmTemplates:
     """Implements hyper.vm.backend.Templates."""
 
+    shares = True
+
     def words(self, hardware: Hardware) -> tuple[str, ...]:
         same = hardware._replace(name="", kernel=0, initramfs=0, agent=0, console=0, control=0, memory=None, blank=True)
         return ("vmm", VERSION, os.uname().release, probe.processor(), str(configure(same, -1)))

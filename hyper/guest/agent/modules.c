@@ -133,9 +133,24 @@ void modules_load_for_template(void) {
     modules_load("virtio:1");
     modules_load("virtio:2");
     modules_probe(true);
+    modules_load("virtiofs");
     modules_load("erofs");
     modules_load("overlay");
     disks_left = true;
+}
+
+/* A slot that is still empty refuses the driver. */
+void modules_look_again(void) {
+    DIR *slots = opendir("/sys/bus/platform/drivers/virtio-mmio/bind") ? NULL : opendir("/sys/bus/platform/devices");
+    if (!slots)
+        return;
+    for (struct dirent *entry; (entry = readdir(slots));) {
+        char path[320];
+        snprintf(path, sizeof(path), "/sys/bus/platform/devices/%s/driver", entry->d_name);
+        if (strncmp(entry->d_name, "LNRO0005:", 9) == 0 && access(path, F_OK) < 0)
+            write_file("/sys/bus/platform/drivers/virtio-mmio/bind", entry->d_name);
+    }
+    closedir(slots);
 }
 
 void modules_load_for_devices(void) {

@@ -13,6 +13,8 @@ void modules_load_for_devices(void);
 void modules_load_for_template(void);
 /* Wait until the disks are there; bind those of a template. */
 void modules_settle(void);
+/* Have the driver of virtio-mmio look again at the slots that were empty. */
+void modules_look_again(void);
 /* Whether a driver that is loaded binds the devices that are there (1) or leaves them alone (0). */
 void modules_probe(bool automatic);
 

@@ -90,6 +90,7 @@ static int mount_overlay(const struct setup *setup, struct error *e) {
 
 static int mount_virtiofs(const char *tag, const char *target, struct error *e) {
     modules_load("virtiofs");
+    modules_look_again();
     mkdir(target, 0755);
     if (mount(tag, target, "virtiofs", 0, "") < 0)
         return fail_errno(e, errno, "cannot mount the shared directory '%s'", tag);
