@@ -141,7 +141,7 @@ void modules_load_for_template(void) {
 
 /* A slot that is still empty refuses the driver. */
 void modules_look_again(void) {
-    DIR *slots = opendir("/sys/bus/platform/drivers/virtio-mmio/bind") ? NULL : opendir("/sys/bus/platform/devices");
+    DIR *slots = opendir("/sys/bus/platform/devices");
     if (!slots)
         return;
     for (struct dirent *entry; (entry = readdir(slots));) {
