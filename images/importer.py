@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import NamedTuple, Protocol
 
@@ -45,7 +46,7 @@ class NewLayer(NamedTuple):
 
     def write_back(self) -> None:
         """Have the disk begin with both, so that `sync` has less to wait for; this may take a while, too."""
-        self._each(lambda fd: syscall(_NR_SYNC_FILE_RANGE, fd, 0, 0, _SYNC_FILE_RANGE_WRITE, what="sync_file_range"))
+        self._each(_write_back)
 
     def _each(self, act: Callable[[int], object]) -> None:
         try:
@@ -65,6 +66,10 @@ class NewLayer(NamedTuple):
             self.blob.discard()
         if self.prepared is not None:
             discard(self.prepared.path)
+
+
+def _write_back(fd: int) -> None:
+    syscall(_NR_SYNC_FILE_RANGE, fd, 0, 0, _SYNC_FILE_RANGE_WRITE, what="sync_file_range")
 
 
 def layer_row(blob: Ingest, converted: Converted) -> LayerRow:
@@ -122,7 +127,8 @@ def _stream(source: Source, worker: Worker, blob: Ingest, snapshots: Snapshots, 
             target = EROFS.start(worker, read_end, path, snapshots.limit_bytes())
             os.close(read_end)
             read_end = -1
-            _copy(source, blob, progress, write_end)
+            with _written_back(blob.fd, target) as more:
+                _copy(source, blob, progress, write_end, more)
         finally:
             os.close(write_end)
             if read_end >= 0:
@@ -136,8 +142,40 @@ def _stream(source: Source, worker: Worker, blob: Ingest, snapshots: Snapshots, 
             os.close(target)
 
 
-def _copy(source: Source, blob: Ingest, progress: ProgressSink, tee: int | None = None) -> None:
-    """All of `source` into `blob`, and into the pipe `tee` until its reader goes (its answer then says why)."""
+@contextmanager
+def _written_back(*fds: int) -> Iterator[Callable[[], None]]:
+    """Gives what is to be called now and then, to have the disk begin with these files while they grow.
+
+    In another thread, for it may take a while. Raises OSError of the disk's at the end.
+    """
+    last: Future[None] | None = None
+
+    def begin() -> None:
+        for fd in fds:
+            _write_back(fd)
+
+    def more() -> None:
+        nonlocal last
+        if last is None or (last.done() and last.exception() is None):
+            last = disk.submit(begin)
+
+    with ThreadPoolExecutor(1, "disk") as disk:
+        yield more
+    if last is not None:
+        last.result()
+
+
+def _nothing() -> None:
+    """Nobody waits for the disk here."""
+
+
+def _copy(
+    source: Source, blob: Ingest, progress: ProgressSink, tee: int | None = None, more: Callable[[], None] = _nothing
+) -> None:
+    """All of `source` into `blob`, and into the pipe `tee` until its reader goes (its answer then says why).
+
+    more: called after each step.
+    """
     told = 0
     while chunk := source.read(_READ):
         blob.write(chunk)
@@ -148,6 +186,7 @@ def _copy(source: Source, blob: Ingest, progress: ProgressSink, tee: int | None 
                 return
         if blob.size - told >= _STEP:
             told = blob.size
+            more()
             progress(Progress("", "Importing", told, 0))
     if not blob.size:
         raise Corrupt("the archive is empty")

@@ -40,7 +40,7 @@ Reading = Callable[[Iterable[bytes]], Iterator[bytes]]
 def convert(chunks: Iterable[bytes], sink: Sink, limit_bytes: int, reading: Reading = iter) -> Converted:
     """Read one archive, compressed or not, into `sink`; `limit_bytes` bounds the data of its files.
 
-    reading: how the plain bytes are come by: `iter`, or `Ahead.run` for decompressing in another thread.
+    reading: how the plain bytes are come by: `iter`, or `Ahead.run` for decompressing and hashing in another thread.
 
     Raises Corrupt, StorageFull, Unsupported, OSError.
     """
@@ -48,12 +48,16 @@ def convert(chunks: Iterable[bytes], sink: Sink, limit_bytes: int, reading: Read
     digest = hashlib.sha256()
 
     def hashed() -> Iterator[bytes]:
-        for chunk in reading(decoder):
-            sink.flush()
+        for chunk in decoder:
             digest.update(chunk)
             yield chunk
 
-    reader, tree = TarReader(hashed()), LayerTree()
+    def written() -> Iterator[bytes]:
+        for chunk in reading(hashed()):
+            sink.flush()
+            yield chunk
+
+    reader, tree = TarReader(written()), LayerTree()
     content = 0
     for entry in reader:
         node = tree.add(entry)

@@ -30,6 +30,9 @@ _KINDS = {
 }  # fmt: skip
 _EXTENSIONS = b"xgLKX"
 _NO_XATTRS: dict[bytes, bytes] = {}  # shared by all entries without any; never changed
+_NO_NAMES: dict[bytes, bytes] = {}
+_NO_DEVICE = (0, 0)
+_NO_ID = 0xFFFFFFFF
 
 
 class Entry(NamedTuple):
@@ -95,8 +98,9 @@ class TarReader:
 
     def __iter__(self) -> Iterator[Entry]:
         while True:
-            for _ in self.pieces():
-                pass
+            if self._left or self._padding:
+                for _ in self.pieces():
+                    pass
             entry = self._next()
             if entry is None:
                 return
@@ -160,8 +164,7 @@ class TarReader:
         return None
 
     def _next(self) -> Entry | None:
-        extensions: Extensions = dict(self._global)
-        names: dict[bytes, bytes] = {}
+        extensions, names = self._global, _NO_NAMES
         pending = False
         while True:
             block = self._block()
@@ -183,7 +186,7 @@ class TarReader:
                 elif kind in b"xX":
                     extensions = parse_pax(body, extensions)
                 else:
-                    names[kind] = body.split(b"\0", 1)[0]
+                    names = {**names, kind: body.split(b"\0", 1)[0]}
 
     def _verify(self, block: bytes) -> bytes:
         """The type of a header whose check sum is right. adler32's low half is 1 + the sum of the bytes, modulo 65521."""
@@ -217,35 +220,45 @@ class TarReader:
         name, mode, uid, gid, size, mtime, _, _, link, magic, _, _, major, minor, prefix = _HEADER.unpack(block)
         octal = self._octal
         path = name.split(b"\0", 1)[0]
-        if magic[:6] == b"ustar\0" and prefix[0]:
+        if prefix[0] and magic[:6] == b"ustar\0":
             path = prefix.split(b"\0", 1)[0] + b"/" + path
-        path = extensions.get("path") or names.get(b"L") or path
-        target = extensions.get("linkpath") or names.get(b"K") or link.split(b"\0", 1)[0]
+        target = link.split(b"\0", 1)[0] if link[0] else b""
+        if names:
+            path, target = names.get(b"L") or path, names.get(b"K") or target
+        stored, user, group, seconds = octal[size], octal[uid], octal[gid], octal[mtime]
+        fraction = None
+        if extensions:
+            path, target = extensions.get("path") or path, extensions.get("linkpath") or target
+            stored = _whole(extensions, "size", stored)
+            user, group = _whole(extensions, "uid", user), _whole(extensions, "gid", group)
+            fraction = extensions.get("mtime")
         kind = _KINDS.get(flag)
         if kind is None:
             raise Corrupt(f"tar entry {path!r} is of unknown type {flag!r}")
         if flag == b"\0" and path.endswith(b"/"):
             kind = "d"
-        stored = _whole(extensions, "size", octal[size])
         if stored < 0 or stored > MAX_APPARENT:
             raise Corrupt(f"tar entry {path!r} has an impossible size of {stored} bytes")
-        self._left = self._padding = 0
         if kind == "f" or flag == b"D":
             self._left, self._padding = stored, -stored % _BLOCK
+        else:
+            self._left = self._padding = 0
         extents: tuple[tuple[int, int], ...] | None = None
         real = stored
-        if kind == "f" and (flag == b"S" or b"sparse" in extensions.get("GNU.sparse", b"")):
+        if flag == b"S" or (kind == "f" and "GNU.sparse" in extensions):
             path, real, extents = self._sparse(block, flag, path, extensions)
+        if not (0 <= user < _NO_ID and 0 <= group < _NO_ID):
+            raise Corrupt(f"tar entry {path!r} has an impossible owner {user}:{group}")
         return Entry(
             path,
             kind,
             octal[mode] & 0o7777,
-            _id(path, _whole(extensions, "uid", octal[uid])),
-            _id(path, _whole(extensions, "gid", octal[gid])),
-            _time_ns(path, extensions.get("mtime"), octal[mtime]),
+            user,
+            group,
+            _time_ns(path, fraction, seconds),
             real if kind == "f" else 0,
             target,
-            (octal[major], octal[minor]) if kind in "cb" else (0, 0),
+            (octal[major], octal[minor]) if kind in "cb" else _NO_DEVICE,
             xattrs_of(path, extensions) if extensions else _NO_XATTRS,
             extents,
         )
@@ -326,12 +339,6 @@ def _decimal(path: bytes, text: bytes) -> int:
 def _whole(extensions: Extensions, key: str, otherwise: int) -> int:
     text = extensions.get(key)
     return otherwise if text is None else _decimal(key.encode(), text)
-
-
-def _id(path: bytes, value: int) -> int:
-    if not 0 <= value < 0xFFFFFFFF:
-        raise Corrupt(f"tar entry {path!r} has an impossible owner {value}")
-    return value
 
 
 def _time_ns(path: bytes, pax: bytes | None, seconds: int) -> int:
