@@ -78,7 +78,7 @@ def _plug(networks: Networks, record: Record, run: Run, network: Network, endpoi
             networks.set_endpoints(record, (*before, made))
         assert made.nic is not None
         try:
-            networks.host.plug(netns, network, made.nic)
+            networks.plug(netns, network, made.nic)
             if record.row.isolation is Isolation.VM:
                 run.connection.call("plug_nic", name=made.nic.name, by=Deadline.after(_CALL_S))
             networks.tell_names(network)

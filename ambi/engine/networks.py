@@ -23,12 +23,13 @@ from ambi.core.model import Isolation
 from ambi.core.roots import DEFAULT_RUN_ROOT
 from ambi.engine import addressing, endpoints, filters, names, netnames, newnetwork, publishing
 from ambi.engine.endpoints import SHARED, mode_of
+from ambi.engine.leftlinks import LeftLinks
 from ambi.engine.netstate import Endpoint, NetState, decode
 from ambi.engine.records import Record
 from ambi.engine.spare import Spare
 from ambi.engine.types import Instance
 from ambi.network.host import NetworkHost
-from ambi.network.model import DEFAULT_NETWORK, Network, Pool, Port
+from ambi.network.model import DEFAULT_NETWORK, Network, Nic, Pool, Port
 
 if TYPE_CHECKING:
     from ambi.engine.core import Core
@@ -94,6 +95,7 @@ class Networks:
         self._making: set[str] = set()  # names of networks that a create is at
         self._threads: list[threading.Thread] = []
         self._spare = Spare(self.host.new_namespace)
+        self._left = LeftLinks(self.host, core.scheduler.later)
         self.addresses = addressing.Addresses()
         for body in core.db.networks():
             network = _decode(body)
@@ -342,9 +344,16 @@ class Networks:
                     self._unless_removed(network)
             for record in alive:
                 publishing.restore(self, record)
+            self.host.sweep_ports(self._ports_in_use)
             self.host.warm_up()
         except AmbiError as error:
             log.error("networks of running instances: %s", error)
+
+    def _ports_in_use(self) -> set[str]:
+        """The host's ends of veths that instances have, or are about to have."""
+        with self.lock:
+            nics = [endpoint.nic for record in self.registry for endpoint in self.state(record).endpoints]
+        return {nic.host_link for nic in nics if nic is not None}
 
     def prepare(self, record: Record) -> Attachment:
         """Have everything in place for a start of `record`, whose lock is held. Undone by `release`, also by a failure."""
@@ -364,7 +373,7 @@ class Networks:
             netns = self._spare.take()
             for endpoint, network in plugged:
                 assert endpoint.nic is not None
-                self.host.plug(netns, network, endpoint.nic)
+                self.plug(netns, network, endpoint.nic)
             for network in {network.id: network for _, network in plugged}.values():
                 self.tell_names(network)
             publishing.publish(self, record)
@@ -376,6 +385,11 @@ class Networks:
         for _, network in plugged:
             self.publish(network, "connect", container=record.id)
         return Attachment(netns, netnames.of(self, record))
+
+    def plug(self, netns: int, network: Network, nic: Nic) -> None:
+        """See `NetworkHost.plug`; nothing else answers for its addresses afterwards."""
+        self._left.make_way(nic)
+        self.host.plug(netns, network, nic)
 
     def _shared(self, name: str) -> Attachment:
         """The namespace of another instance, and its files."""
@@ -477,6 +491,9 @@ class Networks:
             record.net = NetState(kept)
             for place, endpoint in enumerate(kept):
                 self._core.db.put_endpoint(record.id, endpoint.name, endpoint.encode(place))
+            for endpoint in state.endpoints:
+                if endpoint.nic is not None:
+                    self._left.add(endpoint.nic)
 
     def set_endpoints(self, record: Record, changed: tuple[Endpoint, ...]) -> None:
         """Store other endpoints of `record`."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import socket
 import threading
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 
 from ambi.core.errors import AmbiError, InvalidRequest, NotFound
 from ambi.core.undo import Undo
@@ -205,6 +205,11 @@ class NetworkHost:
             isolated=network.options.get("com.docker.network.bridge.enable_icc", "true") == "false",
         )
 
+    def unplug_left(self, nic: Nic) -> None:
+        """Take away what is left of `nic` on the host, whose instance has ended; mostly nothing is."""
+        if nic.host_link and _index(nic.host_link):
+            self._delete(nic, lambda: self._netlink().request(rtnl.delete_link(nic.host_link)))
+
     def unplug(self, netns_fd: int, nic: Nic) -> None:
         """Take `nic` away; one that is not there is no error."""
 
@@ -212,11 +217,15 @@ class NetworkHost:
             with rtnl.Rtnl() as inner:
                 inner.request(rtnl.delete_link(nic.name))
 
+        if nic.host_link:
+            self._delete(nic, lambda: self._netlink().request(rtnl.delete_link(nic.host_link)))
+        else:
+            self._delete(nic, lambda: namespaces.inside(netns_fd, away))
+
+    @staticmethod
+    def _delete(nic: Nic, delete: Callable[[], object]) -> None:
         try:
-            if nic.host_link:
-                self._netlink().request(rtnl.delete_link(nic.host_link))
-            else:
-                namespaces.inside(netns_fd, away)
+            delete()
         except OSError as error:
             found = links.netlink_error(f"remove {nic.name}", error)
             if not isinstance(found, NotFound):
@@ -292,6 +301,12 @@ class NetworkHost:
             with links.opened("sweep links") as route:
                 links.remove_all_but(route, set(keep), self.tag)
             self._rules.keep_only(set(keep), keys)
+
+    def sweep_ports(self, used: Callable[[], Collection[str]]) -> None:
+        """Delete the host's ends of veths of ours but for those that `used` names, which is asked once they are listed: one
+        that is being made meanwhile is known by then."""
+        with links.opened("sweep links") as route:
+            links.remove_ports(route, self.tag, used)
 
     def close_down(self) -> None:
         """Take away everything of ours: bridges, table, rules in foreign firewalls. Sysctls stay."""

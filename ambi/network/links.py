@@ -11,7 +11,7 @@ import ipaddress
 import re
 import secrets
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -227,8 +227,22 @@ def remove_all_but(route: IPRoute, keep: set[str], tag: str) -> None:
     prefix = alias_of("", tag)
     for link in all_links(route):
         if link["alias"].startswith(prefix) and link["alias"].removeprefix(prefix) not in keep:
-            try:
-                route.link("delete", index=link["index"])
-            except Exception as error:
-                if getattr(error, "code", 0) != errno.ENODEV:  # a veth goes with the namespace of its other end
-                    raise
+            _delete(route, link)
+
+
+def remove_ports(route: IPRoute, tag: str, used: Callable[[], Collection[str]]) -> None:
+    """Delete every veth of ours whose name is not among those of `used`, which is called once the links are listed."""
+    prefix = alias_of("", tag)
+    ours = [link for link in all_links(route) if link["kind"] == "veth" and link["alias"].startswith(prefix)]
+    keep = used()
+    for link in ours:
+        if link["name"] not in keep:
+            _delete(route, link)
+
+
+def _delete(route: IPRoute, link: dict[str, Any]) -> None:
+    try:
+        route.link("delete", index=link["index"])
+    except Exception as error:
+        if getattr(error, "code", 0) != errno.ENODEV:  # a veth goes with the namespace of its other end
+            raise

@@ -303,6 +303,34 @@ def test_a_killed_shim_leaves_neither_link_nor_name_nor_port(engine: Networked) 
     engine.ok("network", "rm", "web")
 
 
+def test_a_namespace_that_somebody_holds_answers_for_nobody(engine: Networked) -> None:
+    """As whoever has entered it to look does: the next run has the address, and the same MAC."""
+    engine.ok("network", "create", "--subnet", "10.77.5.0/24", "held")
+    serving(engine, "web", "--stop-signal", "KILL", "--network", "held", "--ip", "10.77.5.9")
+    held = [os.open(f"/proc/{engine.inspect('web')['State']['Pid']}/ns/net", os.O_RDONLY)]
+    try:
+        engine.ok("restart", "web")
+        held.append(os.open(f"/proc/{engine.inspect('web')['State']['Pid']}/ns/net", os.O_RDONLY))
+        until(lambda: engine.fetch("10.77.5.9", 80), "the new run serves")
+        assert all(engine.fetch("10.77.5.9", 80) == b"web\n" for _ in range(20))
+        left = {name for name in engine.links() if name.startswith("vea")}
+        assert len(left) == 1
+        engine.ok("kill", "web")
+        until(lambda: not left & set(engine.links()), "it goes by itself")
+
+        engine.ok("start", "web")
+        held.append(os.open(f"/proc/{engine.inspect('web')['State']['Pid']}/ns/net", os.O_RDONLY))
+        left = {name for name in engine.links() if name.startswith("vea")}
+        shim = engine.shims()[engine.inspect("web")["Id"]]
+        engine.kill()
+        os.kill(shim, signal.SIGKILL)
+        engine.start()
+        until(lambda: not left & set(engine.links()), "a new engine sees to it")
+    finally:
+        for fd in held:
+            os.close(fd)
+
+
 def test_a_start_that_fails_leaves_nothing(engine: Networked) -> None:
     engine.ok("network", "create", "web")
     engine.refused("run", "--name", "bad", "--network", "web", "-p", "8080:80", "busybox", "/no/such/program")
