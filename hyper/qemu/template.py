@@ -10,6 +10,7 @@ from __future__ import annotations
 import fcntl
 import os
 import select
+from typing import ClassVar
 
 from ambi.core.deadline import Deadline
 from ambi.core.errors import DeadlineExceeded, Internal, Unavailable, Unsupported, from_os_error
@@ -29,7 +30,7 @@ CAPABILITY = ({"capability": "x-ignore-shared", "state": True},)
 class QemuTemplates:
     """Implements hyper.vm.backend.Templates."""
 
-    shares = False  # QEMU's device for virtiofsd is not to be saved, nor is there one without a virtiofsd
+    shares: ClassVar[bool] = False  # QEMU's device for virtiofsd is not to be saved, nor is there one without a virtiofsd
 
     def words(self, hardware: Hardware) -> tuple[str, ...]:
         qemu = probe.find_qemu()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import ClassVar
 
 from ambi.core.deadline import Deadline
 from ambi.core.errors import Internal, Unavailable
@@ -21,7 +22,7 @@ MAX_STATE = 8 << 20
 class VmmTemplates:
     """Implements hyper.vm.backend.Templates."""
 
-    shares = True
+    shares: ClassVar[bool] = True
 
     def words(self, hardware: Hardware) -> tuple[str, ...]:
         same = hardware._replace(name="", kernel=0, initramfs=0, agent=0, console=0, control=0, memory=None, blank=True)
