@@ -17,6 +17,7 @@ from hyper.vmm.monitor import VmmMonitor
 from hyper.vmm.start import configure, start
 
 MAX_STATE = 8 << 20
+WORD = "ambi.disks"  # of the kernel's command line: a template's disks have their driver, which is told what a copy's have
 
 
 class VmmTemplates:
@@ -25,11 +26,13 @@ class VmmTemplates:
     shares: ClassVar[bool] = True
 
     def words(self, hardware: Hardware) -> tuple[str, ...]:
-        same = hardware._replace(name="", kernel=0, initramfs=0, agent=0, console=0, control=0, memory=None, blank=True)
+        same = _bound(hardware)._replace(
+            name="", kernel=0, initramfs=0, agent=0, console=0, control=0, memory=None, blank=True
+        )
         return ("vmm", VERSION, os.uname().release, probe.processor(), str(configure(same, -1)))
 
     def boot(self, hardware: Hardware, place: Place, by: Deadline) -> VmmMonitor:
-        return start(hardware, place)
+        return start(_bound(hardware), place)
 
     def save(self, monitor: Monitor, by: Deadline) -> bytes:
         assert isinstance(monitor, VmmMonitor)
@@ -55,3 +58,8 @@ class VmmTemplates:
                 raise Unavailable(why) from error
             raise
         return monitor
+
+
+def _bound(hardware: Hardware) -> Hardware:
+    """Its guest binds the disks of the template."""
+    return hardware._replace(words=(*hardware.words, WORD))

@@ -111,6 +111,10 @@ def boot(start: Callable[[Shape, int], int], shape: Shape) -> tuple[float, dict[
         os.waitpid(pid, 0)
 
 
+def mount_tracefs() -> None:
+    subprocess.run(["mount", "-t", "tracefs", "tracefs", str(TRACEFS)], check=False, stderr=subprocess.DEVNULL)
+
+
 def trigger() -> Path:
     return TRACEFS / "events" / "kvm" / "kvm_userspace_exit" / "trigger"
 
@@ -138,7 +142,7 @@ def main() -> int:
     parser.add_argument("--against", default="microvm,q35", help="machines of QEMU: microvm, q35 (default: both)")
     parser.add_argument("--json")
     options = parser.parse_args()
-    subprocess.run(["mount", "-t", "tracefs", "tracefs", str(TRACEFS)], check=False, stderr=subprocess.DEVNULL)
+    mount_tracefs()
     shape = Shape(options)
     contenders: dict[str, Callable[[Shape, int], int]] = {"ours": start_ours}
     for name in options.against.split(","):

@@ -74,7 +74,7 @@ void boot(void) {
     debug("agent up");
     bool template = command_line_has("ambi.template");
     if (template)
-        modules_load_for_template();
+        modules_load_for_template(command_line_has("ambi.disks"));
     else
         modules_load_for_devices();
     debug("drivers loaded");

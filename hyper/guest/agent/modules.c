@@ -7,6 +7,8 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <linux/fs.h>
+#include <sys/ioctl.h>
 #include <sys/syscall.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -40,10 +42,10 @@ void modules_load(const char *group) {
     }
 }
 
-enum { NETWORK = 1, BLOCK = 2, CONSOLE = 3 };
+enum { NETWORK = 1, BLOCK = 2, CONSOLE = 3, DISK_WAITS = 5000 };
 
 static pid_t background;
-static bool disks_left; /* no driver is bound to them yet */
+static enum { DISKS_READY, DISKS_UNBOUND, DISKS_EMPTY } disks; /* of a template: no driver yet; or a driver, and no sector */
 
 /* Disks are read for partitions while their driver is loaded; a process of its own waits for that. */
 static void load_in_background(const char *group) {
@@ -106,13 +108,43 @@ static void bind_disks(void) {
     closedir(devices);
 }
 
+static bool is_empty(const char *disk) {
+    char path[320], size[32];
+    snprintf(path, sizeof(path), "/sys/block/%s/size", disk);
+    return read_file(path, size, sizeof(size)) > 0 && strtoull(size, NULL, 10) == 0;
+}
+
+/* The driver hears of the size of each from the host, and soon; partitions are then ours to ask for. */
+static void look_at_disks(void) {
+    DIR *all = opendir("/sys/block");
+    int left = DISK_WAITS; /* milliseconds */
+    if (!all)
+        return;
+    for (struct dirent *entry; (entry = readdir(all));) {
+        char path[320];
+        if (strncmp(entry->d_name, "vd", 2) != 0)
+            continue;
+        for (; left > 0 && is_empty(entry->d_name); left--)
+            usleep(1000);
+        snprintf(path, sizeof(path), "/dev/%s", entry->d_name);
+        int fd = open(path, O_RDONLY | O_CLOEXEC);
+        if (fd < 0 || ioctl(fd, BLKRRPART) < 0)
+            debug("%s: %s", entry->d_name, errno_text(errno));
+        if (fd >= 0)
+            close(fd);
+    }
+    closedir(all);
+}
+
 void modules_settle(void) {
     while (background > 0 && waitpid(background, NULL, 0) < 0 && errno == EINTR)
         ;
     background = 0;
-    if (disks_left)
+    if (disks == DISKS_UNBOUND)
         bind_disks();
-    disks_left = false;
+    else if (disks == DISKS_EMPTY)
+        look_at_disks();
+    disks = DISKS_READY;
 }
 
 /* Drivers that may bind at once: of everything but disks, NICs and the console. */
@@ -125,10 +157,12 @@ static void load_others(uint64_t types) {
     }
 }
 
-void modules_load_for_template(void) {
+void modules_load_for_template(bool bind_disks) {
     modules_load("mmio");
     modules_load("virtio:3");
     load_others(present_types());
+    if (bind_disks)
+        modules_load("virtio:2");
     modules_probe(false);
     modules_load("virtio:1");
     modules_load("virtio:2");
@@ -136,7 +170,7 @@ void modules_load_for_template(void) {
     modules_load("virtiofs");
     modules_load("erofs");
     modules_load("overlay");
-    disks_left = true;
+    disks = bind_disks ? DISKS_EMPTY : DISKS_UNBOUND;
 }
 
 /* A slot that is still empty refuses the driver. */

@@ -8,10 +8,10 @@
 void modules_load(const char *group);
 /* Load the drivers of the virtio devices that are there, that of disks in the background. */
 void modules_load_for_devices(void);
-/* In a guest that becomes a template: load all drivers, but bind disks and NICs to none, so that nothing of the devices it was
- * made with is known to it. */
-void modules_load_for_template(void);
-/* Wait until the disks are there; bind those of a template. */
+/* In a guest that becomes a template: load all drivers, but bind NICs to none, so that nothing of those it was made with is
+ * known to it; nor disks, unless the host tells their driver when they are no longer empty. */
+void modules_load_for_template(bool bind_disks);
+/* Wait until the disks are there; those of a template are bound, or looked at again. */
 void modules_settle(void);
 /* Have the driver of virtio-mmio look again at the slots that were empty. */
 void modules_look_again(void);
