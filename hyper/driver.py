@@ -8,6 +8,7 @@ socket (vm/link.py).
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import ClassVar
 
 from ambi.core.deadline import Deadline
@@ -19,7 +20,7 @@ from ambi.core.plan import LaunchPlan
 from ambi.core.undo import Undo
 from hyper import backends, boot_files, probe, translate, validate
 from hyper.probe import Host
-from hyper.vm import launch, share
+from hyper.vm import launch, restoring, share
 from hyper.vm.cgroup import Cgroup
 from hyper.vm.machine import CONSOLE_FILE, VirtualMachine
 
@@ -81,6 +82,19 @@ class VmDriver:
         machine.boot(by)
         return machine
 
+    def restore(self, plan: LaunchPlan, home: Path, undo: Undo, by: Deadline, loop: Loop) -> VirtualMachine:
+        """See ambi.core.driver.Restorable."""
+        snapshot, plan = restoring.read(home, plan)
+        host = probe.host(plan.guest_dir)
+        problems = self._problems(plan, host)
+        if problems:
+            raise Unsupported(problems[0].message, hint=problems[0].hint)
+        backend = backends.load(host)
+        saved = restoring.Restoring(snapshot, plan, backend.snapshots(), kvm=host.kvm, undo=undo, by=by)
+        machine = launch.launch(backend, host, plan, undo, by, loop, self._host_mounts, saved)
+        machine.meet(by)
+        return machine
+
     def browse(self, plan: LaunchPlan, undo: Undo, by: Deadline, loop: Loop) -> Browser:
         """The plan's root in a guest that runs nothing. What is changed there is kept, whatever the workload's would be."""
         process = {**plan.config["process"], "terminal": False}
@@ -99,6 +113,7 @@ class VmDriver:
         except OSError:  # never made
             pass
         (plan.run_dir / CONSOLE_FILE).unlink(missing_ok=True)
+        restoring.sweep(plan)
 
 
 class Browser:

@@ -16,6 +16,7 @@ Order of calls, in one shim, from one thread:
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 from ambi.core.deadline import Deadline
@@ -104,8 +105,8 @@ class Pausable(Protocol):
 class Updatable(Protocol):
     """Of a Created."""
 
-    def update(self, resources: dict[str, Any], by: Deadline) -> None:
-        """Change limits while it runs: an OCI `linux.resources` with only what changes.
+    def update(self, resources: dict[str, Any], by: Deadline) -> list[str] | None:
+        """Change limits while it runs: an OCI `linux.resources` with only what changes. Returns what could not be done yet.
 
         Raises Unsupported naming the limit that cannot be changed now; nothing is changed then.
         """
@@ -132,6 +133,32 @@ class Inspectable(Protocol):
 
     def inspect(self) -> dict[str, Any]:
         """Plain JSON: {"vmm": name, "accelerator": name, ...} with the back-end's own figures."""
+
+
+class Saving(Protocol):
+    """Of a Created: its machine and its disks, as they are at one moment, as files."""
+
+    def save(self, home: Path, by: Deadline) -> dict[str, Any]:
+        """Write a snapshot's files into the draft of `home` (hyper/vm/snapshots.py); it runs on when this returns.
+
+        The result is the manifest, with which somebody else, who has the time, publishes it. It is a difference to the last
+        one of this run that is still there, where it can be. Raises an AmbiError: Conflict (it does not run), Unsupported
+        (what it has cannot be saved); it runs on then, too, and the draft is the caller's to discard.
+        """
+
+    def save_and_end(self, home: Path, by: Deadline) -> dict[str, Any]:
+        """The same and published, and what runs ends with it: not one instruction of it comes after the snapshot."""
+
+
+class Restorable(Protocol):
+    """Of a Driver whose Created are Saving."""
+
+    def restore(self, plan: LaunchPlan, home: Path, undo: Undo, by: Deadline, loop: Loop) -> Created:
+        """In the place of `create`: the workload runs on from the snapshot at `home`, and `start` takes it over.
+
+        Until `start` returns nothing of the instance has changed. Raises as `create`, and Corrupt (a file is damaged, which
+        is named), Unsupported (another host, back-end or version), Conflict (no workload runs in it).
+        """
 
 
 class Browsable(Protocol):

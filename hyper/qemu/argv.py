@@ -13,6 +13,7 @@ from hyper.vm.words import command_line
 SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
 MEMORY_PATH = "/ambi-memory"  # no file: who opens it gets the descriptor of Hardware.memory, see ambi/linux/handover.py
 BLANK = "driver=null-co,node-name={0},read-only={1},size=1048576,read-zeroes=on"
+EXTENTS = "extents"  # what reads the layers' files. Below another node: QEMU saves no machine that has it, see snapshots.py
 TB_SIZE_MIB = 128  # TCG's cache of translated code; its default is an eighth of the host's memory
 CPU_TCG = "qemu64,+ssse3,+sse4.1,+sse4.2,+popcnt,+cx16,+lahf-lm,+rdrand"  # x86-64-v2, which today's distributions require
 
@@ -67,8 +68,9 @@ def _disks(machine: Hardware, layers: int | None) -> list[str]:
     if layers is not None:
         argv += [
             "-add-fd", f"fd={layers},set={layers}",
-            "-blockdev", f"driver=vmdk,node-name=layers,read-only=on,file.driver=file,file.read-only=on,"
+            "-blockdev", f"driver=vmdk,node-name={EXTENTS},read-only=on,file.driver=file,file.read-only=on,"
             f"file.filename=/dev/fdset/{layers}",
+            "-blockdev", f"driver=raw,node-name=layers,read-only=on,file={EXTENTS}",
             "-device", "virtio-blk-device,drive=layers,serial=layers",
         ]  # fmt: skip
     if machine.disk is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from hyper.qemu import argv
 from hyper.qemu.monitor import QemuMonitor
+from hyper.qemu.snapshots import QemuSnapshots
 from hyper.qemu.start import start
 from hyper.qemu.template import QemuTemplates
 from hyper.vm.backend import Place
@@ -23,3 +24,6 @@ class QemuBackend:
 
     def templates(self) -> QemuTemplates:
         return QemuTemplates()
+
+    def snapshots(self) -> QemuSnapshots:
+        return QemuSnapshots()

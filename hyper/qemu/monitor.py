@@ -7,25 +7,27 @@ from typing import Any
 from ambi.core.deadline import Deadline
 from hyper.qemu.qmp import Qmp
 from hyper.vm.jail import Child
-from hyper.vm.monitor import number, started
+from hyper.vm.monitor import BOOT, number
 
 
 class QemuMonitor:
-    """Owns the QMP socket and the child."""
+    """Owns the QMP socket and the child. layers: the descriptor of the VMDK, None for a guest without layers."""
 
-    __slots__ = ("_accelerator", "_restored", "child", "qmp")
+    __slots__ = ("_accelerator", "child", "layers", "origin", "parted", "qmp")
 
-    def __init__(self, child: Child, qmp: Qmp, accelerator: str, *, restored: bool = False) -> None:
+    def __init__(self, child: Child, qmp: Qmp, accelerator: str, *, origin: str = BOOT, layers: int | None = None) -> None:
         self.child = child
         self.qmp = qmp
         self._accelerator = accelerator
-        self._restored = restored
+        self.origin = origin
+        self.layers = layers
+        self.parted = False  # the guest's disk of layers has nothing behind it: it must not run
 
     def block_bytes(self, by: Deadline) -> tuple[int, int]:
         return block_bytes(self.qmp.execute("query-blockstats", by))
 
     def inspect(self, by: Deadline) -> dict[str, Any]:
-        return {"vmm": "qemu", "accelerator": self._accelerator, "started": started(restored=self._restored)}
+        return {"vmm": "qemu", "accelerator": self._accelerator, "started": self.origin}
 
     def why(self) -> str:
         return self.qmp.why_shut_down()

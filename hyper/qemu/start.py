@@ -13,6 +13,7 @@ from hyper.qemu.qmp import Qmp
 from hyper.vm import jail, layers
 from hyper.vm.backend import Place
 from hyper.vm.hardware import Hardware
+from hyper.vm.monitor import BOOT, TEMPLATE
 
 
 def start(
@@ -51,4 +52,5 @@ def start(
         raise
     finally:
         theirs.close()  # from here on a QEMU that ends is the end of the socket
-    return QemuMonitor(child, Qmp(control), "kvm" if hardware.kvm else "tcg", restored=state is not None)
+    origin = BOOT if state is None else TEMPLATE
+    return QemuMonitor(child, Qmp(control), "kvm" if hardware.kvm else "tcg", origin=origin, layers=disk)

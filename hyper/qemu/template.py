@@ -44,7 +44,7 @@ class QemuTemplates:
         return (os.path.realpath(qemu), str(info.st_size), str(info.st_mtime_ns), cpu, *argv.build(qemu, same))
 
     def boot(self, hardware: Hardware, place: Place, by: Deadline) -> QemuMonitor:
-        return _start(hardware, place, by)
+        return start_with_memory(hardware, place, by)
 
     def save(self, monitor: Monitor, by: Deadline) -> bytes:
         assert isinstance(monitor, QemuMonitor)
@@ -66,7 +66,7 @@ class QemuTemplates:
 
     def restore(self, hardware: Hardware, state: bytes, place: Place, by: Deadline) -> QemuMonitor:
         reader = place.handles.add(_filled_pipe(state))
-        monitor = _start(hardware, place, by, reader)
+        monitor = start_with_memory(hardware, place, by, reader)
         try:
             monitor.qmp.execute("migrate-set-capabilities", by, capabilities=CAPABILITY)
             monitor.qmp.execute("migrate-incoming", by, uri=f"fd:{reader}")
@@ -77,7 +77,7 @@ class QemuTemplates:
         return monitor
 
 
-def _start(hardware: Hardware, place: Place, by: Deadline, state: int | None = None) -> QemuMonitor:
+def start_with_memory(hardware: Hardware, place: Place, by: Deadline, state: int | None = None) -> QemuMonitor:
     """Start QEMU and give it its memory."""
     assert hardware.memory is not None
     handover = Handover(argv.MEMORY_PATH)

@@ -10,6 +10,7 @@ from ambi.core.deadline import Deadline
 from hyper.vm.cgroup import Cgroup
 from hyper.vm.hardware import Hardware
 from hyper.vm.monitor import Monitor
+from hyper.vm.snapshots import Snapshot
 
 
 class Handles:
@@ -70,6 +71,50 @@ class Templates(Protocol):
         """
 
 
+class Files(NamedTuple):
+    """Descriptors of the files of a snapshot. memory: -1 where it is in the state. parents: state and memory of those that
+    it is a difference to, the first one first."""
+
+    state: int
+    memory: int
+    parents: tuple[tuple[int, int], ...] = ()
+
+
+class Still(NamedTuple):
+    """A guest that stands still, since when (CLOCK_MONOTONIC). whole: what was saved is no difference to the parents."""
+
+    since_ns: int
+    whole: bool = True
+
+
+class Snapshots(Protocol):
+    """How a back-end saves users' machines and goes on with them; see hyper/vm/saving.py and restoring.py for the rest."""
+
+    name: ClassVar[str]
+    files: ClassVar[tuple[str, ...]]  # names of those that it writes
+
+    def words(self, *, kvm: bool) -> dict[str, str]:
+        """What must be the same here and there, by what people call it, beside what `check` looks at."""
+
+    def save(self, monitor: Monitor, files: Files, by: Deadline) -> Still:
+        """Write all of the machine but its disks into empty files. Nothing is in flight then: the disks may be copied.
+
+        Raises an AmbiError; the guest may stand still then, too.
+        """
+
+    def go_on(self, monitor: Monitor, by: Deadline) -> None:
+        """Idempotent."""
+
+    def check(self, snapshot: Snapshot, files: Files) -> None:
+        """Raises Unsupported (another host), Corrupt."""
+
+    def restore(self, hardware: Hardware, snapshot: Snapshot, files: Files, place: Place, by: Deadline) -> Monitor:
+        """Start `hardware`, which has its disks and no memory yet, where the saved guest stood; it runs when this returns.
+
+        Raises as Templates.restore, and Corrupt for a damaged file; nothing runs then.
+        """
+
+
 class Backend(Protocol):
     """Stateless; loaded by the shim when it makes a VM."""
 
@@ -85,3 +130,5 @@ class Backend(Protocol):
 
     def templates(self) -> Templates | None:
         """None: its guests always boot."""
+
+    def snapshots(self) -> Snapshots: ...

@@ -31,6 +31,8 @@ class Outlet:
         "_allowed",
         "_ended",
         "_fd",
+        "_foreign",
+        "_held",
         "_ident",
         "_link",
         "_loop",
@@ -52,6 +54,8 @@ class Outlet:
         self._pending = bytearray()
         self._allowed = INITIAL_CREDIT
         self._returned = 0
+        self._held = False  # the credit is another host's: none is given
+        self._foreign = 0  # bytes in hand that count against that credit
         self._ended = False
         self._watched = False
         self.on_broken: Callable[[], None] | None = None  # called once when nobody reads any more
@@ -104,8 +108,22 @@ class Outlet:
             else:
                 self._loop.unwatch(self._fd)
 
+    def hold(self) -> None:
+        """Until `renew` what comes has the credit that another host gave."""
+        self._held = True
+
+    def renew(self) -> None:
+        """The guest counts anew from here on."""
+        self._held = False
+        self._foreign = len(self._pending)
+        self._allowed, self._returned = INITIAL_CREDIT, 0
+
     def _credit(self, taken: int) -> None:
-        self._returned += taken
+        if self._held:
+            return
+        foreign = min(taken, self._foreign)
+        self._foreign -= foreign
+        self._returned += taken - foreign
         if self._returned >= CREDIT_STEP and not self._ended:
             self._allowed += self._returned
             self._link.tell(Type.CREDIT, self._ident, ((1, self._stream), (2, self._returned)))
@@ -227,6 +245,16 @@ class GuestProcess:
         self._inlet = Inlet(self._loop, self._link, self.ident, reader)
         return Streams(writer, *theirs)
 
+    def hold(self) -> None:
+        """It runs already, for another host: see Outlet."""
+        for outlet in self._outlets.values():
+            outlet.hold()
+
+    def renew(self) -> None:
+        """The guest's answer to RESUME has come."""
+        for outlet in self._outlets.values():
+            outlet.renew()
+
     def started(self, pid: int) -> None:
         """The program runs, as `pid` in the guest."""
         self.pid = pid
@@ -241,7 +269,7 @@ class GuestProcess:
 
     def _insist(self) -> None:
         if self.exit is None:
-            self._link.fail("the guest did not end its workload after SIGKILL")
+            self._link.stuck("the guest did not end its workload after SIGKILL")
 
     def resize(self, rows: int, columns: int) -> None:
         if not self._terminal:

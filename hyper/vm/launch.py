@@ -17,7 +17,9 @@ from hyper.vm.cgroup import Cgroup, Limits
 from hyper.vm.console import Console
 from hyper.vm.hardware import Hardware, Nic, Share, Volume
 from hyper.vm.machine import Parts, VirtualMachine
-from hyper.vm.monitor import end
+from hyper.vm.monitor import TEMPLATE, Monitor, end
+from hyper.vm.restoring import Restoring
+from hyper.vm.saving import Line
 
 DISK_FILE = "disk.img"  # in the upper directory
 TEMPLATES = "disks"  # below the guest directory
@@ -32,9 +34,10 @@ def launch(
     by: Deadline,
     loop: Loop,
     host_mounts: int | None = None,
+    restoring: Restoring | None = None,
 ) -> VirtualMachine:
     """Start the VMM of `plan`; its guest is still to boot, or is a copy of one that has. What was made is undone by `undo`,
-    or by the machine's delete.
+    or by the machine's delete. restoring: the snapshot that it goes on from.
 
     Raises NotFound (a layer, a bind's source), Unsupported, StorageFull, Forbidden.
     """
@@ -47,19 +50,30 @@ def launch(
         servers = _serve(plan, share.Place(plan.run_dir, cgroup, output, host_mounts), undo)
         agent, agent_fd = handles.socket_pair()
         undo.add("close the agent's socket", agent.close)
-        hardware = _hardware(plan, host, handles, servers)._replace(console=console_fd, agent=agent_fd)
-        network = _network(plan, undo)
+        copies = restoring.disks if restoring else {}
+        hardware = _hardware(plan, host, handles, servers, copies)._replace(console=console_fd, agent=agent_fd)
+        network = _network(plan, undo, restoring)
         if network:
             hardware = hardware._replace(nics=_nics(network, host, handles))
         place = Place(jail.user_id(plan.id), cgroup, output, handles)
-        monitor = template.start(backend, hardware, plan.guest_dir, place, by)
+        if restoring:
+            monitor = restoring.start(template.completed(hardware, restoring.snapshot), place, by)
+        else:
+            monitor = template.start(backend, hardware, plan.guest_dir, place, by)
         undo.add("end the VMM", lambda: end(monitor))
         if network:
             network.close_taps()
-        parts = Parts(monitor, console, cgroup, servers, network)
-        machine = VirtualMachine(plan, parts, agent, loop)
+        line = restoring.line() if restoring else _line(backend, host, monitor, hardware)
+        parts = Parts(monitor, console, cgroup, servers, network, line, host_mounts)
+        machine = VirtualMachine(plan, parts, agent, loop, restoring)
         undo.add("end the VM", machine.abandon)
         return machine
+
+
+def _line(backend: Backend, host: probe.Host, monitor: Monitor, hardware: Hardware) -> Line:
+    common = monitor.origin == TEMPLATE
+    nics = max(len(hardware.nics), template.NICS if common else 0)
+    return Line(backend.snapshots(), kvm=host.kvm, common=common, nics=nics)
 
 
 def _limits(plan: LaunchPlan, overhead: int) -> Limits:
@@ -89,9 +103,10 @@ def _serve(plan: LaunchPlan, place: share.Place, undo: Undo) -> list[share.Serve
     return servers
 
 
-def _network(plan: LaunchPlan, undo: Undo) -> nic.Network | None:
+def _network(plan: LaunchPlan, undo: Undo, restoring: Restoring | None) -> nic.Network | None:
     path = nic.path_of(plan.config)
-    return nic.Network(path, undo) if path else None
+    saved = nic.Devices(restoring.snapshot.nics, restoring.snapshot.devices) if restoring else None
+    return nic.Network(path, undo, saved) if path else None
 
 
 def _nics(network: nic.Network, host: probe.Host, handles: Handles) -> tuple[Nic, ...]:
@@ -103,8 +118,10 @@ def _nics(network: nic.Network, host: probe.Host, handles: Handles) -> tuple[Nic
     return tuple(found)
 
 
-def _hardware(plan: LaunchPlan, host: probe.Host, handles: Handles, servers: list[share.Server]) -> Hardware:
-    """The machine without its sockets and NICs."""
+def _hardware(
+    plan: LaunchPlan, host: probe.Host, handles: Handles, servers: list[share.Server], copies: dict[str, int]
+) -> Hardware:
+    """The machine without its sockets and NICs. copies: descriptors of disks in the place of those that are there."""
     shape = translate.shape(plan)
     files = boot_files.find(plan.guest_dir, shape.kernel)
     machine = Hardware(
@@ -122,11 +139,16 @@ def _hardware(plan: LaunchPlan, host: probe.Host, handles: Handles, servers: lis
         shares=tuple(Share(server.tag, server.sock.fileno()) for server in servers),
     )
     volumes = tuple(
-        Volume(volume.name, handles.add(disk.open_volume(volume)), volume.readonly) for volume in translate.volumes(plan)
+        Volume(
+            volume.name,
+            copies[volume.name] if volume.name in copies else handles.add(disk.open_volume(volume)),
+            volume.readonly,
+        )
+        for volume in translate.volumes(plan)
     )
     machine = machine._replace(volumes=volumes)
     if isinstance(plan.rootfs, Layers):
-        return _with_disks(machine, plan, plan.rootfs, handles)
+        return _with_disks(machine, plan, plan.rootfs, handles, copies)
     return machine
 
 
@@ -142,13 +164,8 @@ def _open_public(path: Path) -> int:
     return fd
 
 
-def _with_disks(machine: Hardware, plan: LaunchPlan, rootfs: Layers, handles: Handles) -> Hardware:
-    path = rootfs.upper / DISK_FILE
-    disk.ensure(path, translate.shape(plan).disk_bytes, plan.guest_dir / TEMPLATES)
-    try:
-        fd = handles.add(os.open(path, os.O_RDWR | os.O_CLOEXEC))
-    except OSError as error:
-        raise from_os_error("cannot open the disk of the virtual machine", error) from error
+def _with_disks(machine: Hardware, plan: LaunchPlan, rootfs: Layers, handles: Handles, copies: dict[str, int]) -> Hardware:
+    fd = copies["disk"] if "disk" in copies else handles.add(_open_disk(plan, rootfs.upper / DISK_FILE))
     machine = machine._replace(disk=fd, disk_flushes=not translate.disposable(plan))
     if not rootfs.lowers:
         return machine
@@ -156,3 +173,11 @@ def _with_disks(machine: Hardware, plan: LaunchPlan, rootfs: Layers, handles: Ha
     for fd in opened.fds:
         handles.add(fd)
     return machine._replace(layers=opened)
+
+
+def _open_disk(plan: LaunchPlan, path: Path) -> int:
+    disk.ensure(path, translate.shape(plan).disk_bytes, plan.guest_dir / TEMPLATES)
+    try:
+        return os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    except OSError as error:
+        raise from_os_error("cannot open the disk of the virtual machine", error) from error

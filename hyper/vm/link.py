@@ -44,6 +44,9 @@ class Host(Protocol):
 
     def log(self, text: str) -> None: ...
 
+    def stuck(self, reason: str) -> None:
+        """The agent answers no more: end the link with `reason`, but not before the guest's kernel had its chance."""
+
 
 class Answer:
     """A place for the answer of one request; `message` is None until it has come, then `done` is called with it."""
@@ -70,6 +73,7 @@ class Link:
         self._receivers: dict[int, Receiver] = {}
         self._last_id = REQUEST_IDS
         self._paused = False
+        self.stale = 0  # ids below were given by another host: answers to them are nobody's
         self.ended: str | None = None  # why the link is of no use
         loop.watch(sock.fileno(), POLLIN, self._ready)
 
@@ -177,6 +181,8 @@ class Link:
     def _dispatch(self, message: Message) -> None:
         if message.kind in ANSWERS:
             queue = self._answers.get(message.ident)
+            if not queue and message.ident < self.stale:
+                return
             if not queue:
                 raise Corrupt("the guest answered what it was not asked")
             answer = queue.popleft()
@@ -204,6 +210,11 @@ class Link:
         self.ended = reason
         self._loop.unwatch(self._socket.fileno())
         self._host.lost(reason)
+
+    def stuck(self, reason: str) -> None:
+        """End a link whose agent does not answer, soon."""
+        if not self.ended:
+            self._host.stuck(reason)
 
     def close(self) -> None:
         self.ended = self.ended or "the VM was removed"

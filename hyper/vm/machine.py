@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from pathlib import Path
 from typing import Any
 
 from ambi.core.deadline import Deadline
@@ -13,14 +14,16 @@ from ambi.core.loop import POLLIN, Loop
 from ambi.core.model import Status, Usage
 from ambi.core.plan import LaunchPlan
 from hyper import translate
-from hyper.guest.protocol import INIT_ID, VERSION, HelloTag, Items, NetTag, Type
-from hyper.vm import live, tree
+from hyper.guest.protocol import INIT_ID, VERSION, HelloTag, Items, Message, NetTag, Type
+from hyper.vm import live, saving, snapshots, tree
 from hyper.vm.cgroup import Cgroup
 from hyper.vm.console import Console
 from hyper.vm.guest_process import GuestProcess
 from hyper.vm.link import Link
 from hyper.vm.monitor import Monitor
-from hyper.vm.nic import Network
+from hyper.vm.nic import Network, device_mac
+from hyper.vm.restoring import Restoring
+from hyper.vm.saving import Line
 from hyper.vm.share import Server
 from hyper.vm.tree import Look, TreeDone
 
@@ -29,18 +32,20 @@ POWER_OFF_S = 10.0
 LOOK_GRACE_S = 3.0  # a copy that is nearly done when the workload ends is finished
 ANSWER_S = 5.0  # for figures; a busy guest may be slow to answer, and the last ones then stand
 MAX_EXECS = 1024
+GO_ON_S = 60.0  # for a guest that stood still to go on
 CONSOLE_FILE = "console"
 
 
 class Parts:
     """What the driver made before it hands the VM over. All of it is the VM's to end."""
 
-    __slots__ = ("cgroup", "console", "monitor", "network", "servers")
+    __slots__ = ("cgroup", "console", "line", "monitor", "network", "servers")
 
     def __init__(
-        self, monitor: Monitor, console: Console, cgroup: Cgroup, servers: list[Server], network: Network | None
+        self, monitor: Monitor, console: Console, cgroup: Cgroup, servers: list[Server], network: Network | None, line: Line
     ) -> None:
         self.monitor = monitor
+        self.line = line
         self.console = console
         self.cgroup = cgroup
         self.servers = servers
@@ -50,7 +55,7 @@ class Parts:
 class VirtualMachine:
     """A VM from its VMM's first moment to its removal."""
 
-    def __init__(self, plan: LaunchPlan, parts: Parts, agent: Any, loop: Loop) -> None:
+    def __init__(self, plan: LaunchPlan, parts: Parts, agent: Any, loop: Loop, restoring: Restoring | None = None) -> None:
         self._plan = plan
         self._parts = parts
         self._loop = loop
@@ -66,6 +71,10 @@ class VirtualMachine:
         loop.watch(parts.monitor.child.pidfd, POLLIN, self._vmm_ended)
         terminal = bool(plan.config["process"].get("terminal"))
         self.init = GuestProcess(loop, self._link, INIT_ID, terminal=terminal, stdin=plan.stdin)
+        self._restoring = restoring
+        if restoring:
+            self.init.hold()
+            self._next_id = self._link.stale = restoring.snapshot.next_id
 
     # from boot to the workload
 
@@ -85,6 +94,23 @@ class VirtualMachine:
         except Unavailable as error:
             raise self._explained(error) from error
 
+    def meet(self, by: Deadline) -> None:
+        """Of a machine that goes on from a snapshot, in the place of `boot`: tell the guest what has changed around it."""
+        assert self._restoring is not None
+        try:
+            self._link.sync(by)
+            requests = [self._link.request(Type.HELLO, _hello())]
+            network = self._parts.network
+            here = network.known() if network else {}
+            for name, number in self._restoring.snapshot.devices.items():
+                if here.get(name) != number:
+                    requests.append(self._link.request(Type.UNPLUG, ((NetTag.MAC, device_mac(number)),)))
+            requests += [self._link.request(Type.NET, items) for items in (network.requests() if network else ())]
+            for request in requests:
+                self._link.wait(request, by, "the guest's agent")
+        except Unavailable as error:
+            raise self._explained(error) from error
+
     def _explained(self, error: Unavailable) -> Unavailable:
         """`error` with what the console says about it."""
         self._keep_console()
@@ -96,9 +122,27 @@ class VirtualMachine:
     def start(self, by: Deadline) -> None:
         if self._running or self.init.exit is not None:
             raise Conflict("the virtual machine has been started already")
+        if self._restoring is not None:
+            self._go_on(self._restoring, by)
+            return
         items = translate.process(self._plan.config["process"], self._plan.config, stdin=self._plan.stdin)
         answer = self._link.wait(self._link.request(Type.RUN, items, ident=INIT_ID), by, "the guest's agent")
         self._parts.cgroup.limit(translate.cpu_limits(self._plan))  # not sooner: a boot is not the workload's
+        self._running = True
+        self.init.started(answer.fields.number(1))
+
+    def _go_on(self, restoring: Restoring, by: Deadline) -> None:
+        """The workload runs already: from here on it is ours, and so are its disks."""
+
+        def taken(message: Message) -> None:
+            if message.kind is Type.OK:
+                self.init.renew()
+
+        answer = self._link.wait(self._link.request(Type.RESUME, ident=INIT_ID, done=taken), by, "the guest's agent")
+        if restoring.snapshot.paused:
+            self._link.wait(self._link.request(Type.THAW), by, "the guest's agent")
+        self._parts.cgroup.limit(translate.cpu_limits(self._plan))
+        restoring.take_place()
         self._running = True
         self.init.started(answer.fields.number(1))
 
@@ -169,6 +213,56 @@ class VirtualMachine:
             self._link.wait(self._link.request(Type.LIMITS, items), by, "the guest's agent")
         self._parts.cgroup.limit(translate.cpu_limits(plan))
         self._plan = plan
+
+    def save(self, home: Path, by: Deadline) -> dict[str, Any]:
+        """See ambi.core.driver.Saving."""
+        self._check_saving()
+        try:
+            manifest = self._save(home, by)
+        finally:
+            self._wake()
+        return _with_time(manifest)
+
+    def save_and_end(self, home: Path, by: Deadline) -> dict[str, Any]:
+        """See ambi.core.driver.Saving."""
+        self._check_saving()
+        try:
+            manifest = _with_time(self._save(home, by))
+            snapshots.publish(home, manifest, by)
+        except BaseException:
+            self._wake()
+            raise
+        self._loop.later(0, lambda: self._link.fail("it was saved, and then ended"))
+        return manifest
+
+    def _check_saving(self) -> None:
+        self._check_alive()
+        saving.refuse_shares(self._plan)
+        self._attachments.refuse_saving()
+
+    def _save(self, home: Path, by: Deadline) -> dict[str, Any]:
+        self._link.wait(self._link.request(Type.PING), by, "the guest's agent")  # behind it no answer is on its way
+        parts = self._parts
+        manifest = saving.save(parts.line, self._plan, parts.monitor, home, by)
+        parts.line.homes.append(home)
+        devices = parts.network.known() if parts.network else {}
+        return {**manifest, "devices": devices, "next_id": self._next_id, "paused": self._paused}
+
+    def _wake(self) -> None:
+        """After a save. A machine that cannot go on is of no more use."""
+        try:
+            self._parts.line.backend.go_on(self._parts.monitor, Deadline.after(GO_ON_S))
+        except AmbiError as error:
+            reason = f"it did not go on after it was saved: {error.message}"
+            self._loop.later(0, lambda: self._link.fail(reason))
+
+    def attach(self, mount: dict[str, Any], by: Deadline) -> None:
+        self._check_alive()
+        self._attachments.attach(mount, by)
+
+    def detach(self, destination: str, by: Deadline, *, force: bool) -> None:
+        self._check_alive()
+        self._attachments.detach(destination, by, force=force)
 
     def plug_nic(self, name: str, by: Deadline) -> None:
         network = self._network()
@@ -301,6 +395,8 @@ class VirtualMachine:
         self._parts.monitor.child.close()
         self._parts.cgroup.kill()
         self._parts.cgroup.remove()
+        if self._restoring is not None:
+            self._restoring.abandon()
 
 
 def _hello() -> Items:
@@ -310,6 +406,11 @@ def _hello() -> Items:
         (HelloTag.CLOCK_NS, time.time_ns()),
         (HelloTag.ENTROPY, os.urandom(64)),
     )
+
+
+def _with_time(manifest: dict[str, Any]) -> dict[str, Any]:
+    """`still_ns` as how long the guest has stood still until now."""
+    return {**manifest, "still_ns": time.monotonic_ns() - manifest["still_ns"]}
 
 
 def _process_row(row: list[str]) -> dict[str, Any]:

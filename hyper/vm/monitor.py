@@ -7,9 +7,13 @@ from typing import Any, Protocol
 from ambi.core.deadline import Deadline
 from hyper.vm.jail import Child
 
+BOOT, TEMPLATE, SNAPSHOT = "boot", "template", "snapshot"  # how a guest began
+
 
 class Monitor(Protocol):
     """One running VMM. It is not trusted: answers are checked, and every wait has an end."""
+
+    origin: str  # BOOT, TEMPLATE or SNAPSHOT
 
     @property
     def child(self) -> Child: ...
@@ -18,7 +22,7 @@ class Monitor(Protocol):
         """Bytes read and written by all disks. Raises Unavailable, DeadlineExceeded."""
 
     def inspect(self, by: Deadline) -> dict[str, Any]:
-        """What `inspect` shows of a running VM: {"vmm": name, "accelerator": name, "started": "template" | "boot", ...} with
+        """What `inspect` shows of a running VM: {"vmm": name, "accelerator": name, "started": origin, ...} with
         the back-end's own figures."""
 
     def why(self) -> str:
@@ -38,8 +42,3 @@ def end(monitor: Monitor) -> None:
 def number(value: object) -> int:
     """A figure that a VMM gave; 0 for what is none."""
     return value if isinstance(value, int) and value >= 0 else 0
-
-
-def started(*, restored: bool) -> str:
-    """The word of `inspect` for how a guest began."""
-    return "template" if restored else "boot"

@@ -59,14 +59,22 @@ class Device(NamedTuple):
     tap: int
 
 
+class Devices(NamedTuple):
+    """Those of a machine that was saved: how many, and the number of the one that an interface had, by its name."""
+
+    number: int
+    known: dict[str, int]
+
+
 class Network:
     """The namespace of one VM. `nics` are those that are there at the start, `devices` what QEMU is to have."""
 
     __slots__ = ("_joined", "_route", "devices", "nics")
 
-    def __init__(self, path: str, undo: Undo) -> None:
+    def __init__(self, path: str, undo: Undo, saved: Devices | None = None) -> None:
         """Make the taps and join them. Closing is `undo`'s; the devices' descriptors are to be closed with `close_taps`.
 
+        saved: those of a machine that goes on: as many, and each interface joined to the one that the guest knows it by.
         Raises NotFound, InvalidRequest (it is our own), Unsupported (no taps, too many interfaces), Forbidden.
         """
         self._joined: dict[str, tuple[Device, int]] = {}  # name of an interface -> its device, its index
@@ -78,8 +86,8 @@ class Network:
         undo.add("close the network namespace", self.close)
         try:
             self.nics = self._interfaces()
-            self._make_taps(reserved)
-            for nic, device in zip(self.nics, self.devices, strict=False):
+            self._make_taps(reserved, saved.number if saved else len(self.nics) + SPARE)
+            for nic, device in zip(self.nics, self._places(saved), strict=True):
                 self._join(nic, device)
         except OSError as error:
             raise from_os_error("cannot connect the virtual machine to its network", error) from error
@@ -87,11 +95,14 @@ class Network:
             for fd in reserved[len(self.devices) :]:
                 os.close(fd)
 
-    def _make_taps(self, reserved: list[int]) -> None:
+    def _make_taps(self, reserved: list[int], wanted: int) -> None:
         """A device for each interface, then the spare ones."""
-        wanted = len(self.nics) + SPARE
-        if len(self.nics) > MAX_NICS:
-            raise Unsupported(f"a virtual machine has at most {MAX_NICS} network interfaces, not {len(self.nics)}")
+        most = min(wanted, MAX_NICS)
+        if len(self.nics) > most:
+            raise Unsupported(
+                f"this virtual machine has at most {most} network interfaces, not {len(self.nics)}",
+                hint="disconnect it from some: ambi network disconnect NETWORK NAME",
+            )
         for number, fd in enumerate(reserved[:wanted]):
             tap.make(fd, f"{TAP_PREFIX}{number}")
             self.devices.append(Device(device_mac(number), fd, 0))
@@ -110,6 +121,19 @@ class Network:
             )
             for link in sorted(links)
         )  # fmt: skip
+
+    def _places(self, saved: Devices | None) -> list[Device]:
+        """The device of each interface of the start."""
+        known = {name: number for name, number in (saved.known if saved else {}).items() if number < len(self.devices)}
+        there = {nic.name for nic in self.nics}
+        kept = {number for name, number in known.items() if name in there}
+        left = sorted(set(known.values()) - kept)  # of interfaces that are gone: the last to be used
+        free = iter([n for n in range(len(self.devices)) if n not in kept and n not in left] + left)
+        return [self.devices[known[nic.name] if nic.name in known else next(free)] for nic in self.nics]
+
+    def known(self) -> dict[str, int]:
+        """The number of the device of each interface, by its name."""
+        return {name: device.mac[-1] for name, (device, _) in self._joined.items()}
 
     def _join(self, nic: Nic, device: Device) -> None:
         self._route.set_link(device.tap, mtu=nic.mtu)

@@ -23,6 +23,7 @@ from hyper.vm import nic
 from hyper.vm.backend import Backend, Handles, Place, Templates
 from hyper.vm.hardware import Hardware, Memory, Nic
 from hyper.vm.monitor import Monitor, end
+from hyper.vm.snapshots import Snapshot
 from hyper.vm.template_store import Draft, Store, Template, key_of
 
 CHOICE = "AMBI_TEMPLATES"  # in the environment: `off`, and every guest boots
@@ -85,6 +86,14 @@ def _common(hardware: Hardware) -> Hardware:
     """The machine with what its template has: more NICs, and the kernel's words of the most demanding workload."""
     spare = tuple(Nic(nic.device_mac(number), -1, None) for number in range(len(hardware.nics), NICS))
     return hardware._replace(nics=hardware.nics + spare, tracing=True, words=(*hardware.words, WORD))
+
+
+def completed(hardware: Hardware, snapshot: Snapshot) -> Hardware:
+    """The machine with the devices that it had when it was saved."""
+    if snapshot.common:
+        hardware = _common(hardware)
+    spare = tuple(Nic(nic.device_mac(number), -1, None) for number in range(len(hardware.nics), snapshot.nics))
+    return hardware._replace(nics=hardware.nics + spare)
 
 
 def _file(fd: int) -> list[int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from hyper.vm.backend import Place
 from hyper.vm.hardware import Hardware
 from hyper.vmm.monitor import VmmMonitor
+from hyper.vmm.snapshots import VmmSnapshots
 from hyper.vmm.start import start
 from hyper.vmm.template import VmmTemplates
 
@@ -22,3 +23,6 @@ class VmmBackend:
 
     def templates(self) -> VmmTemplates:
         return VmmTemplates()
+
+    def snapshots(self) -> VmmSnapshots:
+        return VmmSnapshots()

@@ -73,6 +73,7 @@ class Config(NamedTuple):
     memory_shared: bool = True
     source: int = -1
     state: int = -1
+    chain: tuple[tuple[int, int], ...] = ()
     disks: tuple[Disk, ...] = ()
     nics: tuple[Nic, ...] = ()
     shares: tuple[Share, ...] = ()

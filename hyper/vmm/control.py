@@ -12,7 +12,7 @@ from ambi.core.errors import AmbiError
 from ambi.core.loop import POLLIN, Loop
 
 MAX_MESSAGE = 64 << 10
-MAX_FDS = 16
+MAX_FDS = 40  # of a snapshot, with those that it is a difference to
 MAX_DETAIL = 2000  # characters of a cause's explanation
 
 Verb = Callable[[dict[str, Any], list[int]], dict[str, Any]]

@@ -30,9 +30,8 @@ from hyper.vmm.power import ResetLine, SleepControl
 from hyper.vmm.uart import Uart
 from hyper.vmm.vcpus import Vcpus
 from hyper.vmm.virtio import mmio
-from hyper.vmm.virtio.device import Device
 from hyper.vmm.virtio.blk import Blk
-
+from hyper.vmm.virtio.device import Device
 from hyper.vmm.virtio.mem import Mem
 
 D = TypeVar("D", bound=Device)
@@ -216,10 +215,6 @@ class Machine:
             transport.resume()
         self.vcpus.resume()
 
-    def end(self, cause: str, detail: str = "") -> None:
-        """End the machine, from any thread; the first to say so is believed."""
-        with self._lock:
-            if self.ending is None:
     # changes while it runs, from the loop's thread
 
     def resize_memory(self, size_bytes: int) -> int:
@@ -278,6 +273,10 @@ class Machine:
     def _find(self, kind: type[D]) -> tuple[mmio.Transport, D] | None:
         return next(((t, t.device) for t in self.transports if isinstance(t.device, kind)), None)
 
+    def end(self, cause: str, detail: str = "") -> None:
+        """End the machine, from any thread; the first to say so is believed."""
+        with self._lock:
+            if self.ending is None:
                 self.ending = Ending(cause, detail)
         self.vcpus.stop()
         os.eventfd_write(self._wake, 1)

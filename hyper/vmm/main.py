@@ -54,6 +54,7 @@ def _begin(machine: Machine) -> None:
     if machine.config.state < 0:
         machine.boot()
     else:
+        saving.fill(machine)
         saving.restore(machine, snapshot.read_state(machine.config.state))
 
 
@@ -77,7 +78,7 @@ def _control(machine: Machine, loop: Loop) -> Control | None:
         "resize": lambda request, _: {"bytes": machine.resize_disk(str(request.get("serial")))},
         "sysrq": lambda request, _: _sysrq(machine, request),
         "resume": lambda *_: _resume(machine),
-        "save": lambda _, fds: {"snapshot": saving.save(machine, *fds)},
+        "save": lambda _, fds: saving.save_into(machine, fds),
     }
     sock = socket.socket(fileno=machine.config.control)
     return Control(loop, sock, verbs, lambda: machine.end("internal", "the driver is gone"))

@@ -10,7 +10,7 @@ from ambi.core import errors
 from ambi.core.deadline import Deadline
 from ambi.core.errors import AmbiError, DeadlineExceeded, Unavailable
 from hyper.vm.jail import Child
-from hyper.vm.monitor import number, started
+from hyper.vm.monitor import BOOT, number
 from hyper.vmm.control import MAX_MESSAGE
 
 GONE = "the monitor is gone"
@@ -20,14 +20,14 @@ STRANGE = "the monitor's answer is damaged"
 class VmmMonitor:
     """Owns the control socket and the child. One request at a time."""
 
-    __slots__ = ("_cause", "_last", "_restored", "_socket", "child")
+    __slots__ = ("_cause", "_last", "_socket", "child", "origin")
 
-    def __init__(self, child: Child, sock: socket.socket, *, restored: bool = False) -> None:
+    def __init__(self, child: Child, sock: socket.socket, *, origin: str = BOOT) -> None:
         self.child = child
         self._socket = sock
         self._last = 0
         self._cause = ""
-        self._restored = restored
+        self.origin = origin
 
     def block_bytes(self, by: Deadline) -> tuple[int, int]:
         figures = self.call("figures", by)
@@ -35,7 +35,7 @@ class VmmMonitor:
 
     def inspect(self, by: Deadline) -> dict[str, Any]:
         figures = self.call("figures", by)
-        return {"vmm": "ambi", "accelerator": "kvm", "started": started(restored=self._restored), **figures}
+        return {"vmm": "ambi", "accelerator": "kvm", "started": self.origin, **figures}
 
     def call(self, op: str, by: Deadline, fds: tuple[int, ...] = (), **fields: Any) -> dict[str, Any]:
         """The answer to `op`. Raises Unavailable (it is gone), DeadlineExceeded, or what it answers."""

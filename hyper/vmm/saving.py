@@ -10,6 +10,7 @@ restoring: memory, registers and controllers, devices, and what may have been ow
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from typing import Any
 
 from ambi.core.errors import Conflict, Corrupt, Unsupported
@@ -34,11 +35,42 @@ def save(machine: Machine, state: int, memory: int | None = None, chain: snapsho
         raise Conflict(f"the guest uses {more >> 20} MiB more than it booted with: take it back before it is saved")
     found = _collect(machine)
     sections = {SECTION: json.dumps(found, separators=(",", ":")).encode()}
-    regions = tuple((region.gpa, region.end - region.gpa) for region in machine.memory.regions)
+    regions = _regions(machine)
     if memory is not None:
         sections |= snapshot_memory.write_memory(memory, machine.booted, chain)
     parent = chain.top.id if chain else None
     return snapshot.write_state(state, this_host(machine), regions, sections, parent=parent)
+
+
+def save_into(machine: Machine, fds: list[int]) -> dict[str, Any]:
+    """The operation `save` of PROTOCOL.md: descriptors of state, of memory or not, and of a chain of earlier ones."""
+    state, memory, *earlier = [*fds, None] if len(fds) == 1 else fds
+    assert state is not None
+    chain = snapshot_memory.Chain(_layers(zip(earlier[::2], earlier[1::2], strict=True))) if earlier else None
+    if chain is not None and chain.top.regions != _regions(machine):
+        chain = None
+    return {"snapshot": save(machine, state, memory, chain), "whole": chain is None}
+
+
+def _layers(pairs: Iterable[tuple[Any, Any]]) -> list[tuple[Saved, int]]:
+    return [(snapshot.read_state(state), memory) for state, memory in pairs]
+
+
+def _regions(machine: Machine) -> tuple[tuple[int, int], ...]:
+    return tuple((region.gpa, region.end - region.gpa) for region in machine.booted.regions)
+
+
+def fill(machine: Machine) -> None:
+    """The memory of a fresh machine from the chain that it goes on from; one whose memory is in a file has none.
+
+    Raises Corrupt, Unsupported.
+    """
+    if not machine.config.chain:
+        return
+    chain = snapshot_memory.Chain(_layers(machine.config.chain))
+    if chain.top.regions != _regions(machine):
+        raise Unsupported(f"the saved machine has its memory at {chain.top.regions}, and this one at {_regions(machine)}")
+    chain.load(machine.booted)
 
 
 def _collect(machine: Machine) -> dict[str, Any]:

@@ -120,10 +120,10 @@ def write_state(
     *,
     parent: str | None = None,
 ) -> str:
-    """Replace what is in the file by this, on stable storage; the result is the snapshot's id.
+    """Replace what is in the file by this; the result is the snapshot's id.
 
-    Give it a file under another name, and rename it afterwards. Raises an AmbiError when it cannot be written, and leaves
-    a file that no one can read for a snapshot.
+    Give it a file under another name, sync that, and rename it afterwards. Raises an AmbiError when it cannot be written,
+    and leaves a file that no one can read for a snapshot.
     """
     table, at = {}, 0
     for name, data in sections.items():
@@ -142,9 +142,7 @@ def write_state(
         for piece in (header, *sections.values()):
             _write_all(fd, piece, offset)
             offset += len(piece)
-        os.fsync(fd)
         _write_all(fd, _HEAD.pack(MAGIC, FORMAT, len(header), digest), 0)  # last: without it the file is nothing
-        os.fsync(fd)
     except OSError as error:
         raise from_os_error("cannot write the snapshot's state", error) from error
     return digest.hex()

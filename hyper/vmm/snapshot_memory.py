@@ -117,7 +117,8 @@ def write_memory(
 
     With a parent only what changed is written. `written` says what did: a bitmap of pages for each region, from low to high,
     of the dirty log of KVM *and* of all that devices and vhost wrote, which that log has not. Without it every page is
-    compared with the parent's. Raises an AmbiError when it cannot be written, and leaves a file that fits no state.
+    compared with the parent's. The file is still to be synced, which a guest need not wait for. Raises an AmbiError when it
+    cannot be written, and leaves a file that fits no state.
     """
     total = memory.size // PAGE
     if parent is not None:
@@ -132,7 +133,6 @@ def write_memory(
         os.ftruncate(fd, 0)
         os.ftruncate(fd, total * PAGE)
         digests = _write_runs(fd, memory, runs)
-        os.fsync(fd)
     except OSError as error:
         raise from_os_error("cannot write the snapshot's memory", error) from error
     packed = b"".join(_PAIR.pack(first, end - first) for first, end in runs)

@@ -12,6 +12,7 @@ from ambi.linux import memfd, process
 from hyper.vm import jail, words
 from hyper.vm.backend import Place
 from hyper.vm.hardware import Hardware, Memory
+from hyper.vm.monitor import BOOT, SNAPSHOT, TEMPLATE
 from hyper.vmm import main
 from hyper.vmm.config import Config, Disk, Extent, Nic, Share, check, slots_of
 from hyper.vmm.layout import SLOTS
@@ -22,7 +23,7 @@ KVM = "/dev/kvm"
 NAME = "ambi-vmm"
 
 
-def start(hardware: Hardware, place: Place, *, state: int = -1) -> VmmMonitor:
+def start(hardware: Hardware, place: Place, *, state: int = -1, chain: tuple[tuple[int, int], ...] = ()) -> VmmMonitor:
     """`hardware.control` is made here. state: a descriptor of a saved machine that goes on. Raises an AmbiError.
 
     With file trees the memory is a memfd, which virtiofsd can map; where a private copy is asked for, it is filled with it.
@@ -37,7 +38,7 @@ def start(hardware: Hardware, place: Place, *, state: int = -1) -> VmmMonitor:
     except OSError as error:
         raise from_os_error("cannot make a virtual machine", error) from error
     control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    config = configure(hardware._replace(control=theirs.fileno()), kvm)._replace(state=state, source=source)
+    config = configure(hardware._replace(control=theirs.fileno()), kvm)._replace(state=state, source=source, chain=chain)
     try:
         check(config)
         child = jail.fork(NAME, place.output, lambda: _prepare(place), lambda: _become(config), alone=True)
@@ -46,7 +47,7 @@ def start(hardware: Hardware, place: Place, *, state: int = -1) -> VmmMonitor:
         raise
     finally:
         theirs.close()  # from here on a monitor that ends is the end of the socket
-    return VmmMonitor(child, control, restored=state >= 0)
+    return VmmMonitor(child, control, origin=SNAPSHOT if chain else TEMPLATE if state >= 0 else BOOT)
 
 
 def configure(hardware: Hardware, kvm: int) -> Config:
@@ -106,6 +107,7 @@ def descriptors(config: Config) -> set[int]:
     """All that `config` names."""
     found: set[int | None] = {config.kvm, config.kernel, config.initramfs, config.console, config.agent, config.control}
     found |= {config.memory, config.source, config.state}
+    found |= {fd for pair in config.chain for fd in pair}
     for disk in config.disks:
         found |= {disk.fd, *(extent.fd for extent in disk.extents)}
     for nic in config.nics:
