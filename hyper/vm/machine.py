@@ -238,7 +238,6 @@ class VirtualMachine:
     def _check_saving(self) -> None:
         self._check_alive()
         saving.refuse_shares(self._plan)
-        self._attachments.refuse_saving()
 
     def _save(self, home: Path, by: Deadline) -> dict[str, Any]:
         self._link.wait(self._link.request(Type.PING), by, "the guest's agent")  # behind it no answer is on its way
@@ -255,14 +254,6 @@ class VirtualMachine:
         except AmbiError as error:
             reason = f"it did not go on after it was saved: {error.message}"
             self._loop.later(0, lambda: self._link.fail(reason))
-
-    def attach(self, mount: dict[str, Any], by: Deadline) -> None:
-        self._check_alive()
-        self._attachments.attach(mount, by)
-
-    def detach(self, destination: str, by: Deadline, *, force: bool) -> None:
-        self._check_alive()
-        self._attachments.detach(destination, by, force=force)
 
     def plug_nic(self, name: str, by: Deadline) -> None:
         network = self._network()
