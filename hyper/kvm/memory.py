@@ -7,7 +7,7 @@ import mmap
 import os
 import stat
 from collections.abc import Iterator
-from errno import EINVAL
+from errno import EINVAL, ENOSPC
 
 from hyper.kvm.api import libc
 
@@ -34,6 +34,7 @@ _mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, 
 _mmap.restype = ctypes.c_void_p
 _madvise = libc.madvise
 _madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+_ZEROS = bytes(HUGE)
 _FAILED = ctypes.c_void_p(-1).value
 
 
@@ -106,6 +107,23 @@ class Memory:
     def discard(self, offset: int, length: int) -> None:
         """Give the pages back to the host. They read as zeros next, or, of a private mapping, as what its file has."""
         self.advise(MADV_REMOVE if self.shared else MADV_DONTNEED, offset, length)
+
+    def share(self, fd: int, offset: int) -> None:
+        """Go on as a shared mapping of [offset, offset + size) of the file `fd`, zeros so far, which gets what is here.
+
+        Address and views stay good, and a VM that has the memory follows. Nobody may write meanwhile. It goes step by step,
+        so that the memory is there once, not twice. Raises OSError; all is there still, be it in part in the file.
+        """
+        for at in range(0, self.size, HUGE):
+            length = min(HUGE, self.size - at)
+            data = bytes(self.view[at : at + length])
+            if data != (_ZEROS if length == HUGE else bytes(length)) and os.pwrite(fd, data, offset + at) != length:
+                raise OSError(ENOSPC, f"no room for {length} bytes of memory")
+            flags = mmap.MAP_SHARED | MAP_FIXED
+            if _mmap(self.address + at, length, protection(self.readonly), flags, fd, offset + at) == _FAILED:
+                code = ctypes.get_errno()
+                raise OSError(code, f"cannot map {length} bytes at {offset + at}: {os.strerror(code)}")
+        self.shared = True
 
     def close(self) -> None:
         """Idempotent. Views taken from `view` stay good; the pages go with the last of them."""

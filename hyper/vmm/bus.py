@@ -30,7 +30,7 @@ class _Map(NamedTuple):
 
 class Bus:
     """One for ports and one for MMIO. `unowned` counts accesses to nothing by their address, at most MAX_UNOWNED of them;
-    `unowned[-1]` are the others. A device may come while vCPUs run."""
+    `unowned[-1]` are the others. Devices may come and go while vCPUs run."""
 
     __slots__ = ("_map", "unowned")
 
@@ -46,6 +46,14 @@ class Bus:
             raise ValueError(f"{base:#x} to {base + size:#x} is taken, or empty")
         entry = (base + size, device)
         self._map = _Map((*bases[:at], base, *bases[at:]), (*devices[:at], entry, *devices[at:]))
+
+    def remove(self, base: int) -> None:
+        """Take away what begins at `base`. KeyError when nothing does."""
+        bases, devices = self._map
+        if base not in bases:
+            raise KeyError(base)
+        at = bases.index(base)
+        self._map = _Map((*bases[:at], *bases[at + 1 :]), (*devices[:at], *devices[at + 1 :]))
 
     def read(self, address: int, length: int) -> bytes:
         bases, devices = self._map

@@ -9,6 +9,7 @@ from typing import NamedTuple, TypeVar
 from ambi.core.errors import InvalidRequest, NotFound
 from ambi.core.loop import POLLIN, Loop
 from ambi.core.undo import Undo
+from ambi.linux import memfd
 from hyper.kvm import api
 from hyper.kvm.cpuid import CpuidEntry
 from hyper.kvm.memory import Memory
@@ -35,13 +36,14 @@ from hyper.vmm.virtio.device import Device
 from hyper.vmm.virtio.mem import Mem
 
 D = TypeVar("D", bound=Device)
+
 NEEDED = (
     api.KVM_CAP_IRQCHIP, api.KVM_CAP_USER_MEMORY, api.KVM_CAP_READONLY_MEM, api.KVM_CAP_IRQFD, api.KVM_CAP_IOEVENTFD,
     api.KVM_CAP_IMMEDIATE_EXIT, api.KVM_CAP_TSC_DEADLINE_TIMER, api.KVM_CAP_EXT_CPUID,
 )  # fmt: skip
 WORDS = (*PCI_WORDS, "i8042.nopnp=0")  # ACPI says that there is no keyboard controller: the kernel need not try its ports
-REGISTER_SLOT = 8  # the memory slot of the virtio register pages; RAM has those below, windows of devices those above
 HOTPLUG_SLOT = 7  # the memory slot of the region of memory that comes later
+REGISTER_SLOT = 8  # the memory slot of the virtio register pages; RAM has those below, windows of devices those above
 
 
 class Ending(NamedTuple):
@@ -62,10 +64,11 @@ class Machine:
         self.ending: Ending | None = None
         self.ports = Bus()
         self.mmio = Bus()
-        self.transports: list[mmio.Transport] = []
-        self._loop = loop
+        self.transports: list[mmio.Transport] = []  # by slot
+        self._vacant: set[int] = set()  # slots among them whose device is gone
         self.region = layout.hotplug(config.memory_bytes, config.hotplug_bytes)
         self.grown = False  # there is memory in the region
+        self._loop = loop
         self._lock = threading.Lock()
         self._undo = Undo()
         try:
@@ -153,15 +156,70 @@ class Machine:
 
     def plug(self, device: Device) -> int:
         """Put `device`, which it takes over, into the next free slot; returns its number. The guest finds it at boot,
-        or when its agent binds the driver."""
-        slot = len(self.transports)
+        or when its agent binds the driver. The caller sees to it that there is one: `has_room`."""
+        slot = min(self._vacant, default=len(self.transports))
         base = layout.slot_address(slot)
         transport = mmio.Transport(self.vm, self.memory, self._page(slot), base, layout.slot_gsi(slot), device, self._loop)
         transport.broken = lambda why: self.end("device", f"{device.name}{slot}: {why}")
-        self.transports.append(transport)
+        self.transports[slot : slot + 1] = [transport]
+        self._vacant.discard(slot)
         self._undo.add(f"close the {device.name} device", transport.close)
         self.mmio.add(base, layout.PAGE, transport)
         return slot
+
+    @property
+    def has_room(self) -> bool:
+        """Whether a slot is empty."""
+        return len(self.transports) - len(self._vacant) < self.slots
+
+    def unplug(self, slot: int) -> None:
+        """Take the device of `slot` away, whatever the guest does with it; the slot is empty then.
+
+        Raises NotFound when nothing is in it, KvmError.
+        """
+        if not 0 <= slot < len(self.transports) or slot in self._vacant:
+            raise NotFound(f"the machine has no device in slot {slot}")
+        self.transports[slot].remove(self.vm)
+        self.mmio.remove(layout.slot_address(slot))
+        self._vacant.add(slot)
+        while len(self.transports) - 1 in self._vacant:
+            self._vacant.discard(len(self.transports) - 1)
+            del self.transports[-1]
+
+    def share_memory(self) -> int:
+        """A descriptor of the file that RAM is, which others can map. Memory that is ours alone is moved into one, for which
+        the machine stands still. Raises OSError; the machine goes on as it was."""
+        config = self.config
+        if config.memory >= 0 and config.memory_shared:
+            return config.memory
+        fd = memfd.sized("guest memory", config.memory_bytes)
+        self.vcpus.pause()
+        try:
+            for transport in self.transports:
+                transport.save()  # so that nothing writes, in the kernel neither
+            for piece, memory in zip(self._pieces, self.ram, strict=True):
+                memory.share(fd, piece.offset)
+            if self.grown:
+                self._share_region()
+        except BaseException:
+            os.close(fd)
+            raise
+        finally:
+            self.resume()
+        self._undo.add("close the memory", lambda: os.close(fd))
+        self.config = config._replace(memory=fd, memory_shared=True)
+        return fd
+
+    def _share_region(self) -> None:
+        region = self.memory.regions[-1].memory
+        assert isinstance(region, Memory)
+        own = memfd.sized("guest memory", region.size)
+        try:
+            region.share(own, 0)
+        except BaseException:
+            os.close(own)
+            raise
+        region.fd = own
 
     def _make_vcpu(self, supported: list[CpuidEntry], index: int) -> Vcpu:
         vcpu = self.vm.create_vcpu(index)
@@ -308,7 +366,9 @@ class Machine:
 
     def counters(self) -> dict[str, dict[str, int]]:
         """Of each device, by its name and slot: `console0`."""
-        return {f"{t.device.name}{slot}": t.counters() for slot, t in enumerate(self.transports)}
+        return {
+            f"{t.device.name}{slot}": t.counters() for slot, t in enumerate(self.transports) if slot not in self._vacant
+        }
 
     def kernel_stats(self) -> dict[str, int]:
         """The kernel's own counters of the VM and all its vCPUs; empty where the kernel has none."""

@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 from ambi.core.errors import AmbiError, InvalidRequest
 from ambi.core.loop import Loop
 from hyper.vmm import filter as syscalls
-from hyper.vmm import saving, snapshot
+from hyper.vmm import plugging, saving, snapshot
 from hyper.vmm.config import Config
 from hyper.vmm.control import Control
 from hyper.vmm.machine import Ending, Machine
@@ -78,6 +78,8 @@ def _control(machine: Machine, loop: Loop) -> Control | None:
         "resize": lambda request, _: {"bytes": machine.resize_disk(str(request.get("serial")))},
         "sysrq": lambda request, _: _sysrq(machine, request),
         "resume": lambda *_: _resume(machine),
+        "plug": lambda request, fds: plugging.plug(machine, request, fds),
+        "unplug": lambda request, _: plugging.unplug(machine, request),
         "save": lambda _, fds: saving.save_into(machine, fds),
     }
     sock = socket.socket(fileno=machine.config.control)

@@ -18,9 +18,13 @@ from ambi.linux.handover import Handover
 from hyper.qemu import argv
 from hyper.qemu.template import QemuTemplates
 from hyper.vm import template, template_store
-from hyper.vm.hardware import Hardware, Memory, Nic, Volume
+from hyper.vm.hardware import Hardware, Memory, Nic, Share, Volume
 from hyper.vm.layers import LayerDisk
 from hyper.vm.template_store import Store
+from hyper.vmm.config import slots_of
+from hyper.vmm.layout import SLOTS
+from hyper.vmm.start import configure
+from hyper.vmm.template import VmmTemplates
 
 KEY = "0123456789abcdef" * 2
 MACHINE = Hardware(
@@ -170,15 +174,29 @@ def test_words_are_those_of_the_shape_alone() -> None:
         assert QemuTemplates().words(template._common(MACHINE._replace(**change))) != words
 
 
-@pytest.mark.parametrize("change", [{"shares": (object(),)}, {"layers": None}, {"disk": None}])
+@pytest.mark.parametrize("change", [{"shares": (Share("binds", 30),)}, {"layers": None}, {"disk": None}])
 def test_what_boots(change: dict[str, Any]) -> None:
-    assert template._fits(MACHINE)
-    assert not template._fits(MACHINE._replace(**change))
+    assert template._fits(MACHINE, QemuTemplates())
+    assert not template._fits(MACHINE._replace(**change), QemuTemplates())
+    assert template._fits(MACHINE._replace(**change), VmmTemplates())
+
+
+def test_trees_come_into_spare_slots() -> None:
+    plain = template._common(MACHINE)
+    machine = plain._replace(shares=(Share("root", 30), Share("binds", 31)))
+    assert VmmTemplates().words(machine) == VmmTemplates().words(plain)
+    copy, blank = configure(machine, 1), configure(machine._replace(blank=True), 1)
+    assert [share.socket for share in copy.shares] == [30, 31] and blank.shares == ()
+    assert slots_of(copy) == slots_of(blank) == slots_of(configure(plain, 1))
+    full = plain._replace(
+        volumes=tuple(Volume(f"v{number}", 40 + number, False) for number in range(SLOTS - slots_of(blank) + 4))
+    )
+    assert configure(full, 1).spares == 0 and slots_of(configure(full, 1)) == SLOTS
 
 
 def test_templates_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(template.CHOICE, "off")
-    assert not template._fits(MACHINE)
+    assert not template._fits(MACHINE, QemuTemplates()) and not template._fits(MACHINE, VmmTemplates())
 
 
 # A child's open

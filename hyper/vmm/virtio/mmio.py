@@ -38,6 +38,14 @@ class Events(Protocol):
     def ioeventfd(self, eventfd: int, address: int, length: int, datamatch: int | None = None) -> object: ...
 
 
+class Removable(Protocol):
+    """What `remove` needs of it."""
+
+    def remove_irqfd(self, eventfd: int, gsi: int) -> object: ...
+
+    def remove_ioeventfd(self, eventfd: int, address: int, length: int, datamatch: int | None = None) -> object: ...
+
+
 def clear(page: memoryview) -> None:
     """Make `page` that of a slot without a device, which drivers leave alone."""
     page[:] = bytes(reg.PAGE)
@@ -62,6 +70,7 @@ class Transport:
         self.broken: Callable[[str], None] = lambda why: None
         self.writes = 0  # exits to us
         self.interrupts = 0
+        self._base, self._gsi = base, gsi
         self._page = page
         self._words = page.cast("I")
         self._loop = loop
@@ -365,6 +374,19 @@ class Transport:
                 else:
                     self.interrupt()
             self._untold = False
+
+    def remove(self, vm: Removable) -> None:
+        """Take the device out of a machine that runs: stop it, let go of everything, and leave an empty slot."""
+        with self._lock:
+            self._stop()
+            self._forget()
+            if self._wake >= 0:
+                vm.remove_irqfd(self._call, self._gsi)
+                vm.remove_ioeventfd(self._swallow, self._base + reg.INTERRUPT_ACK, 4, datamatch=reg.USED_BUFFER)
+                for index, fd in enumerate(self._kicks):
+                    vm.remove_ioeventfd(fd, self._base + reg.QUEUE_NOTIFY, 4, datamatch=index)
+        self.close()
+        clear(self._page)
 
     def close(self) -> None:
         """Stop the device and let go of everything. Idempotent."""
