@@ -94,6 +94,7 @@ NEEDS: dict[str, Callable[[], str | None]] = {
     "iptables": _program("iptables", "iptables"),
     "runc": _program("runc", "runc"),
     "rpm": _program("rpmbuild", "rpm"),
+    "berkeley": _program("db5.3_load", "db5.3-util"),
     "skopeo": _program("skopeo", "skopeo"),
     "podman": _program("podman", "podman"),
     "buildah": _program("buildah", "buildah"),

@@ -7,7 +7,7 @@ Requests, each with two descriptors (source to read, target to write), one after
     {"do": "split"}                     -> {"ok": {}}              target: a pipe; members of an archive as frames
     {"do": "pick", "pattern", "limit"}  -> {"ok": {}}              target: a pipe; of a layer the small files whose path
                                                                   matches, and what hides files of lower layers
-    {"do": "rpm", "limit": bytes}       -> {"ok": {}}              of the bytes of an rpmdb.sqlite a frame for each package;
+    {"do": "rpm", "limit": bytes}       -> {"ok": {}}              of a database of rpm's a frame for each package;
                                                                   only by a worker that loaded `images.sbom.rpm`
 
 or `{"error": an error of the tree}`, after which the worker ends. A frame is four bytes of length, so much JSON, and as many
@@ -153,7 +153,7 @@ def _rpm(source: int, out: FrameWriter, limit: int) -> None:
     for chunk in _chunks(source):
         database += chunk
         if len(database) > limit:
-            raise Unsupported(f"rpmdb.sqlite has more than {limit >> 20} MiB")
+            raise Unsupported(f"the database of rpm has more than {limit >> 20} MiB")
     for fields in rpm.packages(database):
         out.frame({**fields, "data": 0})
     out.frame({"end": True, "data": 0})

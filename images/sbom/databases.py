@@ -26,7 +26,8 @@ PATTERN = (
     r"|(usr/lib/sysimage|var/lib)/rpm/(rpmdb\.sqlite(-wal)?|Packages|Packages\.db)"
     r"|.*\.(dist-info/METADATA|egg-info/PKG-INFO|egg-info)|(.*/)?node_modules/(@[^/]+/)?[^/@]+/package\.json"
 )
-RPM = "/rpm/rpmdb.sqlite"
+RPM_FOLDERS = ("usr/lib/sysimage/rpm", "var/lib/rpm")
+RPM = ("rpmdb.sqlite", "Packages.db", "Packages")  # of those in one folder the first that can be read counts
 FILE_BYTES = 64 << 20
 ALL_BYTES = 256 << 20
 _PACKAGES = 100_000  # of one rpm database
@@ -40,8 +41,15 @@ class _Layer(NamedTuple):
     opaque: set[str]
 
 
-def read(store: Store, image: Image) -> dict[str, bytes]:
-    """Path to content. Raises Corrupt, and Unsupported for more than a bill of materials can be made of."""
+class Databases(NamedTuple):
+    """files: path to content, rpm's databases as lines of JSON, one a package. unread: paths that nothing here reads."""
+
+    files: dict[str, bytes]
+    unread: list[str]
+
+
+def read(store: Store, image: Image) -> Databases:
+    """Raises Corrupt, and Unsupported for more than a bill of materials can be made of."""
     found: dict[str, bytes] = {}
     with store.hold(image.layers), Worker() as worker:
         for row in store.image_layers(image):
@@ -53,11 +61,29 @@ def read(store: Store, image: Image) -> dict[str, bytes]:
             found = {path: data for path, data in found.items() if not _is_hidden(path, layer)} | layer.files
             if sum(map(len, found.values())) > ALL_BYTES:
                 raise Unsupported(f"the package databases of {image.id} have more than {ALL_BYTES >> 20} MiB")
-    return {path: _of_rpm(data) if path.endswith(RPM) else data for path, data in found.items()}
+    return _translated(found)
 
 
-def _of_rpm(database: bytes) -> bytes:
-    """An rpmdb.sqlite as lines of JSON, one a package. Raises Corrupt."""
+def _translated(found: Mapping[str, bytes]) -> Databases:
+    """With rpm's databases read. What lies beside one that was read is older, or what SQLite had not written back."""
+    files, left = dict[str, bytes](), dict[str, bytes]()
+    for path, data in found.items():
+        (left if path.startswith(RPM_FOLDERS) else files)[path] = data
+    for folder in RPM_FOLDERS:
+        for path in (f"{folder}/{name}" for name in RPM):
+            if not left.get(path):
+                continue
+            try:
+                files[path] = _of_rpm(path, left[path])
+            except Unsupported:
+                continue
+            del left[path]
+            break
+    return Databases(files, sorted(path for path, data in left.items() if data))
+
+
+def _of_rpm(path: str, database: bytes) -> bytes:
+    """A database of rpm as lines of JSON, one a package. Raises Corrupt, Unsupported."""
     lines: list[bytes] = []
     with open(os.memfd_create("rpmdb", os.MFD_CLOEXEC), "r+b") as file, Worker(load="images.sbom.rpm") as worker:
         file.write(database)
@@ -78,7 +104,10 @@ def _of_rpm(database: bytes) -> bytes:
                     raise Corrupt("the image worker sent a frame of another form")
         finally:
             os.close(take)
-        worker.result()
+        try:
+            worker.result()
+        except Corrupt as error:
+            raise Corrupt(f"{path}: {error.message}", hint="rpm --rebuilddb repairs it, or leave the file out") from None
     return b"\n".join(lines)
 
 
@@ -130,8 +159,3 @@ def _take(frames: FrameReader, layer: _Layer) -> None:
             layer.hidden.add(name)
         else:
             raise Corrupt("the image worker sent a frame of another form")
-
-
-def unread(found: Mapping[str, bytes]) -> list[str]:
-    """Databases that nothing here reads: rpm's forms Berkeley DB and ndb, and what SQLite had not yet written back."""
-    return sorted(path for path, data in found.items() if "/rpm/" in path and not path.endswith(RPM) and data)

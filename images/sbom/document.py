@@ -35,10 +35,9 @@ def bill_of_materials(store: Store, image: Image, form: str) -> bytes:
         raise Unsupported(f"a bill of materials cannot be written: {error}", hint=_MISSING) from error
     found = databases.read(store, image)
     name = image.names[0] if image.names else image.id
-    left = databases.unread(found)
-    comment = f"{', '.join(left)} could not be read: packages of rpm are missing" if left else ""
+    comment = f"{', '.join(found.unread)} could not be read: packages of rpm may be missing" if found.unread else ""
     write = _spdx if form == "spdx" else _cyclonedx
-    return write(image, name, packages(found), comment)
+    return write(image, name, packages(found.files), comment)
 
 
 def _libraries(form: str) -> None:

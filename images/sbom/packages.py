@@ -55,7 +55,7 @@ def _of(path: str, data: bytes, system: str) -> Iterator[Package]:
         return _apk(path, data, system or "alpine")
     if base == "package.json":
         return _npm(path, data)
-    if base == "rpmdb.sqlite":
+    if path.startswith(("var/lib/rpm/", "usr/lib/sysimage/rpm/")):
         return _rpm(path, data, system or "fedora")
     if base in ("METADATA", "PKG-INFO") or base.endswith(".egg-info"):
         return _python(path, data)

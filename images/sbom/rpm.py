@@ -1,17 +1,16 @@
-"""rpm's database, `rpmdb.sqlite`: one header a package. Read in the jailed worker alone, for all of it is a stranger's.
+"""rpm's packages: one header each, out of a database (`rpmdb`). Read in the jailed worker alone: all is a stranger's.
 
-SQLite opens the database in memory. A header is rpm's own format (rpm, docs/manual/hregions.md and format_header.md): two
-numbers, of index entries and of bytes of data; index entries of four numbers each, tag, type, offset and count; the data.
-All numbers are big-endian. librpm would read it as well, but needs a file system, write access and rpm's configuration.
+A header is rpm's own format (rpm, docs/manual/hregions.md and format_header.md): two numbers, of index entries and of bytes
+of data; index entries of four numbers each, tag, type, offset and count; the data. All numbers are big-endian.
 """
 
 from __future__ import annotations
 
-import sqlite3
 import struct
 from collections.abc import Iterator
 
 from ambi.core.errors import Corrupt
+from images.sbom import rpmdb
 
 _ENTRY = struct.Struct(">IIII")
 _INT32, _STRING, _ARRAY, _I18N = 4, 6, 8, 9  # rpmTagType
@@ -31,26 +30,11 @@ Fields = dict[str, str]
 
 
 def packages(database: bytearray) -> Iterator[Fields]:
-    """The fields of every package in the bytes of an rpmdb.sqlite, which are changed; Corrupt when it is none."""
-    if len(database) < 100 or database[:16] != b"SQLite format 3\0":
-        raise Corrupt("rpmdb.sqlite is no SQLite database")
-    database[18:20] = b"\x01\x01"  # not in WAL mode: one in memory cannot be
-    connection = sqlite3.connect(":memory:")
-    try:
-        connection.execute("PRAGMA trusted_schema = OFF")
-        connection.deserialize(database)
-        connection.execute("PRAGMA cell_size_check = ON")
-        shape = connection.execute("SELECT type FROM sqlite_schema WHERE name = 'Packages'").fetchall()
-        if shape != [("table",)]:
-            raise Corrupt("rpmdb.sqlite has no table of packages")
-        for number, (header,) in enumerate(connection.execute("SELECT blob FROM Packages")):
-            if number >= _MAX_PACKAGES or not isinstance(header, bytes):
-                raise Corrupt("rpmdb.sqlite holds more packages than any system, or something else")
-            yield fields(header)
-    except sqlite3.Error as error:
-        raise Corrupt(f"rpmdb.sqlite is damaged: {error}") from None
-    finally:
-        connection.close()
+    """The fields of every package in the bytes of a database, which are changed. Raises Corrupt, Unsupported."""
+    for number, header in enumerate(rpmdb.headers(database)):
+        if number >= _MAX_PACKAGES:
+            raise Corrupt("the database holds more packages than any system")
+        yield fields(header)
 
 
 def fields(header: bytes) -> Fields:

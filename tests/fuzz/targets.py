@@ -21,6 +21,7 @@ from images.layers.tar import TarReader
 from images.registry import challenge
 from images.registry.client import descriptor
 from images.sbom import rpm
+from tests import rpmkit
 from tests.layerkit import directory, hard_link, member, symlink, tar_bytes
 
 
@@ -79,6 +80,11 @@ def _config(data: bytes) -> None:
     manifest.check_config(parse_json(data, "config"), "config")
 
 
+def _rpm_database(data: bytes) -> None:
+    for _ in rpm.packages(bytearray(data)):
+        pass
+
+
 def _reference(data: bytes) -> None:
     text = data.decode("utf-8", "surrogateescape")
     parsed = reference.parse(text)
@@ -124,6 +130,9 @@ TARGETS = {
         lambda data: challenge.parse(data.decode("latin-1")),
     ),
     "rpm header": Target([_RPM], rpm.fields),
+    "rpm database": Target(
+        [rpmkit.berkeley([_RPM, _RPM * 8], "<"), rpmkit.berkeley([_RPM * 4], ">"), rpmkit.ndb([_RPM])], _rpm_database, 20_000
+    ),
     "tar": Target(_tars(), _tar),
     "sealed tar": Target(_tars(), _sealed_tar),
     "layer": Target(_tars(), _layer, 1_500),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import hashlib
 import io
@@ -24,6 +25,7 @@ from images.sbom import databases
 from images.sbom.document import bill_of_materials
 from images.sbom.packages import packages
 from images.store import Store
+from tests import rpmkit
 from tests.layerkit import directory, member, symlink, tar_bytes
 from tests.registrykit import FaultyRegistry
 
@@ -59,7 +61,7 @@ def pulled(store: Store, *layers: bytes) -> Image:
 
 
 def named(store: Store, image: Image) -> set[tuple[str, str, str]]:
-    return {(x.kind, x.name, x.version) for x in packages(databases.read(store, image))}
+    return {(x.kind, x.name, x.version) for x in packages(databases.read(store, image).files)}
 
 
 def many(store: Store) -> Image:
@@ -143,6 +145,44 @@ def test_a_real_rpm_database(store: Store, short_tmp: Path) -> None:
     assert {x.get("licenseComments") for x in document["packages"] if x["name"] == "first"} == {"declared as: MIT and ISC"}
 
 
+@pytest.mark.needs("rpm")
+@pytest.mark.needs("berkeley")
+def test_rpms_older_databases(store: Store, short_tmp: Path) -> None:
+    """Headers of rpm's own in a hash that Berkeley DB has written and rpm reads, and in ndb; large ones over many pages."""
+    for number in range(9):
+        files = "".join(f"%ghost /opt/{number}/{name}\n" for name in range(number * 90))
+        (short_tmp / f"p{number}.spec").write_text(SPEC.format(name=f"p{number}", epoch=number % 2) + files)
+        built = ["rpmbuild", "-bb", "--quiet", "--define", f"_topdir {short_tmp}", f"p{number}.spec"]
+        subprocess.run(built, check=True, cwd=short_tmp, capture_output=True)
+    found = list(short_tmp.glob("RPMS/noarch/*.rpm"))
+    argv = ["rpm", "--dbpath", f"{short_tmp}/db", "--install", "--justdb", "--nodeps", *map(str, found)]
+    subprocess.run(argv, check=True, capture_output=True)
+    with contextlib.closing(sqlite3.connect(short_tmp / "db" / "rpmdb.sqlite")) as connection:
+        headers = [row[0] for row in connection.execute("SELECT blob FROM Packages")]
+    assert max(map(len, headers)) > 3 * 4096
+    (short_tmp / "old").mkdir()
+    rpmkit.load_berkeley(short_tmp / "old" / "Packages", headers)
+    asked = ["rpm", "--define", "_db_backend bdb_ro", "--dbpath", f"{short_tmp}/old", "-qa", "--qf", "%{name} %{version}\n"]
+    told = subprocess.run(asked, check=True, capture_output=True, text=True).stdout.split("\n")[:-1]
+    assert sorted(told) == sorted(f"p{number} 1.2" for number in range(9))
+    wanted = {("rpm", f"p{number}", "1:1.2-3" if number % 2 else "1.2-3") for number in range(9)}
+    for path, data in (
+        ("var/lib/rpm/Packages", (short_tmp / "old" / "Packages").read_bytes()),
+        ("var/lib/rpm/Packages", rpmkit.berkeley(headers, ">")),
+        ("usr/lib/sysimage/rpm/Packages.db", rpmkit.ndb(headers)),
+    ):
+        image = pulled(store, tar_bytes(member(path, data)))
+        assert named(store, image) == wanted
+        assert b"could not be read" not in bill_of_materials(store, image, "spdx")
+
+
+def test_of_several_databases_the_newest_counts(store: Store) -> None:
+    old = member("var/lib/rpm/Packages.db", rpmkit.ndb([]))
+    new = member("var/lib/rpm/rpmdb.sqlite", _rpm_database(bytes(8)))
+    assert databases.read(store, pulled(store, tar_bytes(old))).unread == []
+    assert databases.read(store, pulled(store, tar_bytes(old, new))).unread == ["var/lib/rpm/Packages.db"]
+
+
 def _rpm_database(*headers: object, table: str = "Packages") -> bytes:
     connection = sqlite3.connect(":memory:")
     connection.execute(f"CREATE TABLE {table} (hnum INTEGER PRIMARY KEY, blob BLOB)")
@@ -153,8 +193,8 @@ def _rpm_database(*headers: object, table: str = "Packages") -> bytes:
 
 @pytest.mark.parametrize(
     "data,text",
-    [(b"SQLite format 3\0", "no SQLite database"), (_rpm_database(b"short"), "has 5 bytes"),
-     (_rpm_database("text"), "something"),
+    [(b"SQLite format 3\0", "var/lib/rpm/rpmdb.sqlite: .* cut short"), (_rpm_database(b"short"), "has 5 bytes"),
+     (_rpm_database("text"), "something else"),
      (_rpm_database(table="Other"), "no table of packages"), (_rpm_database(b"\xff" * 900), "cut short"),
      (_rpm_database(b"\0\0\0\1\0\0\0\0" + bytes([0, 0, 3, 0xE8, 0, 0, 0, 6, 0, 0, 0, 9, 0, 0, 0, 1])), "beyond its 0 bytes"),
      (_rpm_database(*[bytes(8)] * 9000)[:20000], "damaged")],

@@ -1,4 +1,4 @@
-"""`--storage-opt size=` of containers on an ext4 with project quotas, which this kernel has and the host's need not have."""
+"""`--storage-opt size=` of containers on ext4 and XFS with project quotas, which this kernel has and the host's need not have."""
 
 from __future__ import annotations
 
@@ -16,13 +16,21 @@ from tests.cli.test_real_engine import OnDemand
 FILL = "dd if=/dev/zero of=/big bs=64k count=1000 2>&1; stat -c %s /big"
 
 
-@pytest.fixture(scope="module")
-def engine(tmp_path_factory: pytest.TempPathFactory, busybox_tar: Path) -> Iterator[OnDemand]:
+MAKE = {
+    "ext4": ["mkfs.ext4", "-q", "-O", "quota,project", "-E", "quotatype=prjquota"],
+    "xfs": ["mkfs.xfs", "-q"],
+}
+
+
+@pytest.fixture(scope="module", params=MAKE)
+def engine(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, busybox_tar: Path
+) -> Iterator[OnDemand]:
     base = tmp_path_factory.mktemp("quota")
-    subprocess.run(["modprobe", "-a", "loop", "quota_v2"], check=True)
+    subprocess.run(["modprobe", "-a", "loop", "quota_v2", request.param], check=True)
     with open(base / "disk.img", "wb") as file:
-        file.truncate(256 << 20)
-    subprocess.run(["mkfs.ext4", "-q", "-O", "quota,project", "-E", "quotatype=prjquota", base / "disk.img"], check=True)
+        file.truncate(512 << 20)
+    subprocess.run([*MAKE[request.param], base / "disk.img"], check=True)
     (base / "disk").mkdir()
     subprocess.run(["mount", "-o", "loop,prjquota", base / "disk.img", base / "disk"], check=True)
     it = OnDemand(base / "disk")
