@@ -1,4 +1,4 @@
-"""`--storage-opt size=` of containers on ext4 and XFS with project quotas, which this kernel has and the host's need not have."""
+"""`--storage-opt size=` of containers on ext4 and XFS with project quotas, which this kernel has and hosts need not have."""
 
 from __future__ import annotations
 
