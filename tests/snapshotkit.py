@@ -27,7 +27,7 @@ def save(running: driverkit.Running, name: str) -> dict[str, Any]:
     home = home_of(running.created._plan, name)  # type: ignore[attr-defined]
     snapshots.make(home)
     try:
-        manifest: dict[str, Any] = running.created.save(home, Deadline.after(120))  # type: ignore[attr-defined]
+        manifest: dict[str, Any] = running.created.save(home, {}, Deadline.after(120))  # type: ignore[attr-defined]
     except BaseException:
         snapshots.discard(home)
         raise

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from ambi.api import instance_shapes as shapes
+from ambi.api.checkpoints import refuse_directory
 from ambi.api.exchange import NO_CONTENT, Call, Reply, json_reply
 from ambi.api.query import Query
 from ambi.api.router import Route
@@ -82,13 +83,16 @@ def sizes(engine: Engine, instance: Instance) -> dict[str, int]:
 
 
 def start(call: Call) -> Reply:
-    if call.query.text("checkpoint"):
-        raise Unsupported("starting from a checkpoint is not available yet", hint="start without --checkpoint")
     if call.json_body():
         raise InvalidRequest(
             "starting container with non-empty request body was deprecated since API v1.22 and removed in v1.24"
         )
-    call.engine.start(call.name)
+    refuse_directory(call.query.text("checkpoint-dir"))
+    snapshot = call.query.text("checkpoint")
+    if snapshot:
+        call.engine.restore(call.name, snapshot, force=call.query.flag("force"))
+    else:
+        call.engine.start(call.name)
     return NO_CONTENT
 
 

@@ -32,7 +32,7 @@ MULTIPLEXED_STREAM = "application/vnd.docker.multiplexed-stream"
 
 COMMON_HEADERS: tuple[tuple[str, str], ...] = (
     ("Api-Version", "1.44"),
-    ("Docker-Experimental", "false"),
+    ("Docker-Experimental", "true"),
     ("Ostype", "linux"),
     ("Server", f"ambi/{VERSION} (linux)"),
 )

@@ -20,7 +20,8 @@ class MethodNotAllowed(AmbiError):
 
 
 class Route(NamedTuple):
-    """One row of a noun's table. path: `/containers/json`, or with one placeholder `/containers/{}/start`."""
+    """One row of a noun's table. path: `/containers/json`, with one placeholder `/containers/{}/start`, or with a second one
+    at the end, `/containers/{}/checkpoints/{}`: the name is then that of both, with a slash in between."""
 
     method: str
     path: str
@@ -78,8 +79,12 @@ class Router:
         parts = path.split("/")
         for count in (2, 1):  # `attach/ws` is a verb too
             verb = "/".join(parts[-count:])
-            if len(parts) > 2 + count and (named := self._named.get((parts[1], verb))) is not None:
-                found.append(("/".join(parts[2:-count]), named))
+            for depth in (2, 1):  # and `ambi/instances` a noun
+                noun = "/".join(parts[1 : 1 + depth])
+                if len(parts) > 1 + depth + count and (named := self._named.get((noun, verb))) is not None:
+                    found.append(("/".join(parts[1 + depth : -count]), named))
+        if len(parts) > 4 and (named := self._named.get((parts[1], f"{parts[-2]}/{{}}"))) is not None and parts[-1]:
+            found.append(("/".join((*parts[2:-2], parts[-1])), named))
         if len(parts) > 2 and (named := self._named.get((parts[1], ""))) is not None:
             found.append(("/".join(parts[2:]), named))
         return [(name, methods) for name, methods in found if methods is whole or (name and name[0] != "/")]

@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
-from ambi.api import containers, events, images, logs, networks, ours, registry, stats, streams, system, trees, volumes
+from ambi.api import (
+    checkpoints,
+    containers,
+    events,
+    images,
+    logs,
+    networks,
+    ours,
+    registry,
+    stats,
+    streams,
+    system,
+    trees,
+    volumes,
+)
 from ambi.api.router import Router
 
 ROUTER = Router(
     system.ROUTES,
     containers.ROUTES,
+    checkpoints.ROUTES,
     streams.ROUTES,
     logs.ROUTES,
     stats.ROUTES,

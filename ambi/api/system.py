@@ -36,7 +36,13 @@ def version(call: Call) -> Reply:
     info, host = call.engine.info(), os.uname()
     newest, oldest = ("{}.{}".format(*pair) for pair in (API_VERSION, MIN_API_VERSION))
     common = {"Arch": "amd64", "GitCommit": "", "GoVersion": "", "KernelVersion": host.release, "Os": "linux"}
-    details = {"ApiVersion": newest, "MinAPIVersion": oldest, "Python": platform.python_version(), **common}
+    details = {
+        "Experimental": "true",
+        "ApiVersion": newest,
+        "MinAPIVersion": oldest,
+        "Python": platform.python_version(),
+        **common,
+    }
     return json_reply({
         "Platform": {"Name": "ambi"},
         "Components": [{"Name": "Engine", "Version": info.version, "Details": details}],
@@ -44,6 +50,7 @@ def version(call: Call) -> Reply:
         "ApiVersion": newest,
         "MinAPIVersion": oldest,
         "BuildTime": "",
+        "Experimental": True,  # docker's word for an engine with checkpoints
         **common,
     })  # fmt: skip
 
@@ -87,7 +94,7 @@ def info(call: Call) -> Reply:
         "HttpProxy": "", "HttpsProxy": "", "NoProxy": "",
         "Name": host.nodename,
         "Labels": [],
-        "ExperimentalBuild": False,
+        "ExperimentalBuild": True,
         "ServerVersion": it.version,
         "Runtimes": {name.value: _runtime(name) for name in Isolation},
         "DefaultRuntime": "container",

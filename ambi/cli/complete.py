@@ -60,5 +60,14 @@ def networks(ctx: click.Context, parameter: click.Parameter, incomplete: str) ->
     return sorted(n for n in (str(row.get("Name")) for row in _ask(ctx, "/networks", {})) if n.startswith(incomplete))
 
 
+def snapshots(ctx: click.Context, parameter: click.Parameter, incomplete: str) -> list[str]:
+    """Of the instance that was named before."""
+    from ambi.client.client import path_of
+
+    instance = ctx.params.get("instance")
+    rows = _ask(ctx, path_of("containers", instance, "checkpoints"), {}) if instance else []
+    return sorted(name for name in (str(row.get("Name")) for row in rows) if name.startswith(incomplete))
+
+
 def either(ctx: click.Context, parameter: click.Parameter, incomplete: str) -> list[str]:
     return instances(ctx, parameter, incomplete) + images(ctx, parameter, incomplete)

@@ -54,6 +54,9 @@ COMMANDS: dict[str, Entry] = {
         "export",
         "Write the whole root file system of an instance as a tar archive, without what is mounted in it.",
     ),
+    "snapshot": Entry(
+        INSTANCES, "snapshot", "snapshot", "Save virtual machines as they run, and have them go on from there."
+    ),
     "commit": Entry(INSTANCES, "trees", "commit", "Make an image of what an instance has changed in its own image."),
     "inspect": Entry(INSTANCES, "inspect", "inspect", "Show everything about instances, images, networks or volumes."),
     "top": Entry(INSTANCES, "top", "top", "List the processes of an instance."),

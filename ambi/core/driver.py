@@ -138,15 +138,16 @@ class Inspectable(Protocol):
 class Saving(Protocol):
     """Of a Created: its machine and its disks, as they are at one moment, as files."""
 
-    def save(self, home: Path, by: Deadline) -> dict[str, Any]:
+    def save(self, home: Path, notes: dict[str, str], by: Deadline) -> dict[str, Any]:
         """Write a snapshot's files into the draft of `home` (hyper/vm/snapshots.py); it runs on when this returns.
 
-        The result is the manifest, with which somebody else, who has the time, publishes it. It is a difference to the last
-        one of this run that is still there, where it can be. Raises an AmbiError: Conflict (it does not run), Unsupported
+        notes: what the caller wants to find in it again. The result is the manifest, with which somebody else, who has the
+        time, publishes it. It is a difference to the last one of this run that is still there, where it can be. Raises an
+        AmbiError: Conflict (it does not run), Unsupported
         (what it has cannot be saved); it runs on then, too, and the draft is the caller's to discard.
         """
 
-    def save_and_end(self, home: Path, by: Deadline) -> dict[str, Any]:
+    def save_and_end(self, home: Path, notes: dict[str, str], by: Deadline) -> dict[str, Any]:
         """The same and published, and what runs ends with it: not one instruction of it comes after the snapshot."""
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from ambi.core.errors import AmbiError, InvalidRequest, Unavailable
 from ambi.core.model import ExecId, ExitStatus, Status
 from ambi.core.plan import LaunchPlan
-from ambi.engine import diskquota, lifecycle, mounts, pausing
+from ambi.engine import diskquota, lifecycle, mounts, pausing, snapshots
 from ambi.engine.core import KILLED_WITH_SHIM, OTHER_BOOT, Core
 from ambi.engine.create import RECORD_FILE, UPPER, read_record
 from ambi.engine.records import ExecRecord, Record, Run
@@ -40,6 +40,7 @@ def restore(core: Core) -> None:
     _restore_execs(core)
     core.networks.restore()
     for record in core.registry:
+        snapshots.sweep(core, record)
         try:
             _restore_run(core, record)
         except (AmbiError, OSError) as error:

@@ -90,7 +90,7 @@ def _plug(networks: Networks, record: Record, run: Run, network: Network, endpoi
             raise
     finally:
         os.close(netns)
-    _update_files(networks, record, run)
+    update_files(networks, record, run)
 
 
 def _quietly(networks: Networks, netns: int, endpoint: Endpoint, network: Network) -> None:
@@ -149,7 +149,7 @@ def _unplug(networks: Networks, record: Record, run: Run, network: Network, name
     networks.tell_names(network)
     if ports:
         publishing.publish(networks, record)
-    _update_files(networks, record, run)
+    update_files(networks, record, run)
 
 
 def _move_default_route(
@@ -173,7 +173,7 @@ def _move_default_route(
     return kept
 
 
-def _update_files(networks: Networks, record: Record, run: Run) -> None:
+def update_files(networks: Networks, record: Record, run: Run) -> None:
     """The instance's /etc/hosts and /etc/resolv.conf, which are files of ours, say what is so now."""
     data = networks.data_dir(record)
     try:

@@ -18,7 +18,21 @@ from ambi.core.deadline import Deadline
 from ambi.core.errors import Conflict
 from ambi.core.model import ExecId, ExitStatus, InstanceId, Status, Usage
 from ambi.core.roots import Roots
-from ambi.engine import adopt, attach, commit, create, doctor, execs, lifecycle, logs, pausing, query, trees, update
+from ambi.engine import (
+    adopt,
+    attach,
+    commit,
+    create,
+    doctor,
+    execs,
+    lifecycle,
+    logs,
+    pausing,
+    query,
+    snapshots,
+    trees,
+    update,
+)
 from ambi.engine.bus import EventStream
 from ambi.engine.core import Core
 from ambi.engine.filters import Filters
@@ -226,6 +240,22 @@ class Engine:
     def unpause(self, id: str) -> None:
         """Raises Conflict when it is not paused."""
         pausing.unpause(self._core, id)
+
+    def save(self, id: str, name: str, *, stop: bool = False) -> str:
+        """A snapshot of a running VM, which runs on, or ends with it: its name. See snapshots.save."""
+        return snapshots.save(self._core, id, name, stop=stop)
+
+    def snapshots(self, id: str | None = None) -> Sequence[snapshots.Info]:
+        """Of one instance, or of all."""
+        return snapshots.everything(self._core) if id is None else snapshots.listed(self._core, id)
+
+    def remove_snapshot(self, id: str, name: str) -> None:
+        """Raises NotFound, Conflict (others are a difference to it)."""
+        snapshots.remove(self._core, id, name)
+
+    def restore(self, id: str, name: str, *, force: bool = False) -> None:
+        """Start it where it stood when `name` was saved. force: one that runs is killed first."""
+        snapshots.restore(self._core, id, name, force=force)
 
     def update(self, id: str, changes: dict[str, Any]) -> Sequence[str]:
         """Change limits and the restart policy, now and for later runs; returns warnings.

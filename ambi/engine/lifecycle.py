@@ -6,6 +6,7 @@ import logging
 import shutil
 import signal as signals_module
 import time
+from pathlib import Path
 from typing import Literal
 
 from ambi.core.deadline import Deadline
@@ -23,6 +24,7 @@ from ambi.engine.volumes import anonymous_of, mark_volumes
 log = logging.getLogger(__name__)
 
 START_S = 120.0  # a VM without KVM boots in seconds, on a loaded machine in many
+RESTORE_S = 600.0  # a start from a snapshot, whose disks are copied and read
 SHIM_END_S = 60.0  # from init's end to the end of its shim: the driver's clean-up
 KILL_S = 30.0
 DEFAULT_STOP_S = 10.0
@@ -44,6 +46,16 @@ def start(core: Core, id: str) -> None:
         except AmbiError as error:
             _failed(core, record, error)
             raise
+
+
+def start_from(core: Core, record: Record, snapshot: Path) -> None:
+    """Start it where it stood when it was saved. With its lock held, and nothing of it running."""
+    _by_the_user(core, record)
+    try:
+        _start(core, record, snapshot)
+    except AmbiError as error:
+        _failed(core, record, error)
+        raise
 
 
 def _by_the_user(core: Core, record: Record) -> None:
@@ -87,13 +99,13 @@ def check_present(record: Record) -> None:
         raise Conflict(f"container {record.id} is marked for removal and cannot be used")
 
 
-def _start(core: Core, record: Record) -> None:
+def _start(core: Core, record: Record, snapshot: Path | None = None) -> None:
     """With the lock of `record` held. On failure no process, no shim and no network of it is left."""
     wait_run_end(core, record)
     net = core.networks.prepare(record)
     try:
         sharing.join(core, record, net)
-        _start_on(core, record, net)
+        _start_on(core, record, net, snapshot)
     except BaseException:
         core.networks.release(record, told=False)
         raise
@@ -101,7 +113,7 @@ def _start(core: Core, record: Record) -> None:
         net.close()
 
 
-def _start_on(core: Core, record: Record, net: Attachment) -> None:
+def _start_on(core: Core, record: Record, net: Attachment, snapshot: Path | None) -> None:
     data = core.roots.instance_data(record.id)
     prepared = spec.prepare(record.id, record.row.isolation, record.row.spec, data, net.files, points_of(record.row.mounts))
     core.volumes.check_start(record)
@@ -122,7 +134,9 @@ def _start_on(core: Core, record: Record, net: Attachment) -> None:
     try:
         core.volumes.hold(record)
         shared = net.namespaces
-        answer = run.connection.call("start", fds=shared.values(), namespaces=[*shared], by=Deadline.after(START_S))
+        by = Deadline.after(START_S if snapshot is None else RESTORE_S)
+        source = None if snapshot is None else str(snapshot)
+        answer = run.connection.call("start", fds=shared.values(), namespaces=[*shared], snapshot=source, by=by)
     except AmbiError:
         with core.mutex:
             run.starting, run.failed = False, True
@@ -330,17 +344,17 @@ def rename(core: Core, id: str, name: str) -> None:
 def remove(core: Core, id: str, force: bool, *, volumes: bool = False) -> None:
     record = core.registry.find(id)
     if force:
-        _end_by_force(core, record)  # before the lock, which a stop may hold for long
+        end_by_force(core, record)  # before the lock, which a stop may hold for long
     if record.removing:
         raise Conflict(f"removal of container {record.id} is already in progress")
     with record.lock:
         core.registry.find(record.id)  # it may be gone since
         if force:  # a restart was under way
-            _end_by_force(core, record)
+            end_by_force(core, record)
         _remove(core, record, volumes=volumes)
 
 
-def _end_by_force(core: Core, record: Record) -> None:
+def end_by_force(core: Core, record: Record) -> None:
     if record.state.status is Status.RESTARTING:
         hold(core, record, True)
         with core.mutex:
@@ -379,6 +393,7 @@ def _remove(core: Core, record: Record, *, volumes: bool) -> None:
         for condition in ("removed", "next-exit", "not-running"):
             core.settle(record, condition, status)
         core.changed.notify_all()
+    core.on_removed()
 
 
 def end_shim(core: Core, record: Record) -> None:

@@ -120,7 +120,7 @@ class Shim:
         by = Deadline.after(_seconds(request, START_SECONDS))
         self._namespaces = netns.taken(request.body, request.message)
         try:
-            pid = self._launch(by)
+            pid = self._launch(by, request.body.get("snapshot"))
         except BaseException:
             if self._init is not None:
                 self._init.abandon()
@@ -132,7 +132,7 @@ class Shim:
         gc.freeze()  # what is there now stays for the whole run
         return {"pid": pid}
 
-    def _launch(self, by: Deadline) -> int:
+    def _launch(self, by: Deadline, snapshot: str | None) -> int:
         plan = netns.given(LaunchPlan.load(Path(self.spec.data_dir)), self._namespaces)
         supervision = plan.supervision
         terminal = bool((plan.config.get("process") or {}).get("terminal"))
@@ -142,7 +142,10 @@ class Shim:
         driver = self._driver or drivers.load(plan.isolation.value)
         getattr(driver, "use_host_mounts", lambda _: None)(self.spec.home)
         with Undo() as undo:
-            created = driver.create(plan, undo, by, self.loop)
+            if snapshot is None:
+                created = driver.create(plan, undo, by, self.loop)
+            else:
+                created = abilities.restorable(driver).restore(plan, Path(snapshot), undo, by, self.loop)
             undo.keep()
         self._created = created
         abilities.hear_oom(created, self._out_of_memory)
@@ -298,13 +301,18 @@ class Shim:
         self._able("resume")(Deadline.after(_seconds(request, START_SECONDS)))
         return {}
 
+    def save(self, request: Request) -> dict[str, Any]:
+        save = self._able("save_and_end" if _flag(request, "ends") else "save")
+        by = Deadline.after(_seconds(request, START_SECONDS))
+        return {"manifest": save(Path(_field(request, "home", str)), _field(request, "notes", dict), by)}
+
     def update(self, request: Request) -> dict[str, Any]:
         self._able("update")(_field(request, "resources", dict), Deadline.after(_seconds(request, START_SECONDS)))
         return {}
 
-    def _able(self, ability: str) -> Callable[..., None]:
+    def _able(self, ability: str) -> Callable[..., Any]:
         """A method that not every driver has, see ambi/core/driver.py."""
-        found: Callable[..., None] | None = getattr(self._running(), ability, None)
+        found: Callable[..., Any] | None = getattr(self._running(), ability, None)
         if found is None:
             raise Unsupported(
                 f"a {self.spec.isolation} cannot do this: {ability}", hint="run it in the other kind of isolation"
@@ -464,6 +472,7 @@ HANDLERS: dict[str, Callable[[Shim, Request], dict[str, Any] | None]] = {
     "netns": Shim.netns,
     "pause": Shim.pause,
     "resume": Shim.resume,
+    "save": Shim.save,
     "update": Shim.update,
     "plug_nic": Shim.plug_nic,
     "unplug_nic": Shim.unplug_nic,

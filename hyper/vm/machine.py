@@ -214,20 +214,20 @@ class VirtualMachine:
         self._parts.cgroup.limit(translate.cpu_limits(plan))
         self._plan = plan
 
-    def save(self, home: Path, by: Deadline) -> dict[str, Any]:
+    def save(self, home: Path, notes: dict[str, str], by: Deadline) -> dict[str, Any]:
         """See ambi.core.driver.Saving."""
         self._check_saving()
         try:
-            manifest = self._save(home, by)
+            manifest = self._save(home, notes, by)
         finally:
             self._wake()
         return _with_time(manifest)
 
-    def save_and_end(self, home: Path, by: Deadline) -> dict[str, Any]:
+    def save_and_end(self, home: Path, notes: dict[str, str], by: Deadline) -> dict[str, Any]:
         """See ambi.core.driver.Saving."""
         self._check_saving()
         try:
-            manifest = _with_time(self._save(home, by))
+            manifest = _with_time(self._save(home, notes, by))
             snapshots.publish(home, manifest, by)
         except BaseException:
             self._wake()
@@ -239,13 +239,14 @@ class VirtualMachine:
         self._check_alive()
         saving.refuse_shares(self._plan)
 
-    def _save(self, home: Path, by: Deadline) -> dict[str, Any]:
+    def _save(self, home: Path, notes: dict[str, str], by: Deadline) -> dict[str, Any]:
         self._link.wait(self._link.request(Type.PING), by, "the guest's agent")  # behind it no answer is on its way
         parts = self._parts
         manifest = saving.save(parts.line, self._plan, parts.monitor, home, by)
         parts.line.homes.append(home)
         devices = parts.network.known() if parts.network else {}
-        return {**manifest, "devices": devices, "next_id": self._next_id, "paused": self._paused}
+        mine = {"devices": devices, "next_id": self._next_id, "paused": self._paused, "notes": notes}
+        return {**manifest, **mine}
 
     def _wake(self) -> None:
         """After a save. A machine that cannot go on is of no more use."""

@@ -9,8 +9,8 @@
     MANIFEST = {"format": 1, "name", "created_ns", "parent": NAME or null, "vmm": name of the back-end,
                 "words": {what: value}, "vcpus", "memory_bytes", "common": whether it has the devices of a template,
                 "nics": how many, "devices": {interface: number of its device}, "next_id": of the guest protocol,
-                "paused": bool, "still_ns": how long the guest stood still, "files": {file: [bytes, digest or null]},
-                "checksum": of all this}
+                "paused": bool, "still_ns": how long the guest stood still, "notes": {of whoever had it made},
+                "files": {file: [bytes, digest or null]}, "checksum": of all this}
 
 A directory NAME is complete: it is renamed to its name when all of it is on the disk. All of it is root's alone. A digest is
 blake2b of what a file has besides zeros, block by block: holes and zeros are the same. `memory` has its digests in `state`.
@@ -62,6 +62,7 @@ class Snapshot(NamedTuple):
     next_id: int
     paused: bool
     still_ns: int
+    notes: dict[str, str]
     files: dict[str, tuple[int, str | None]]
 
     @property

@@ -45,7 +45,7 @@ def test_ping_by_both_methods_and_the_headers_of_negotiation(engine: EngineUnder
         client.socket.sendall(f"{method} /_ping HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode())
         status, headers = client.head()
         assert status == 200 and headers["api-version"] == "1.44" and headers["ostype"] == "linux"
-        assert headers["docker-experimental"] == "false" and headers["swarm"] == "inactive"
+        assert headers["docker-experimental"] == "true" and headers["swarm"] == "inactive"
         assert client.socket.recv(10) == b"" if method == "HEAD" else client.body(headers) == b"OK"
         client.close()
 

@@ -131,7 +131,7 @@ def split(answer: bytes) -> tuple[int, dict[str, str], bytes]:
 def test_versions_names_and_common_headers(path: Path) -> None:
     status, headers, rest = split(talk(path, get("/v1.30/things/a%2Fb/c:1/json?x=1")))
     assert status == 200 and json.loads(rest) == {"name": "a/b/c:1", "version": [1, 30], "sum": None}
-    assert headers["Api-Version"] == "1.44" and headers["Ostype"] == "linux" and headers["Docker-Experimental"] == "false"
+    assert headers["Api-Version"] == "1.44" and headers["Ostype"] == "linux" and headers["Docker-Experimental"] == "true"
     assert int(headers["Content-Length"]) == len(rest)
     assert json.loads(split(talk(path, get("/things/json")))[2])["version"] == [1, 44]
     assert json.loads(split(talk(path, get("/things/json", method="DELETE")))[2])["name"] == "json"
