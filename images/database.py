@@ -14,11 +14,13 @@ from typing import NamedTuple
 
 from ambi.core.errors import Corrupt, Unsupported
 
-VERSION = 1
+VERSION = 2
 
 # names.name: canonical reference. layers: what is known of an archive whatever its compression. image_layers: one row a
 # layer of an image, lowest first, with the blob that its manifest lists. snapshots: forms of a layer that are ready.
-_SCHEMA = """
+# removed: images that go with the last instance that uses them.
+_REMOVED = "CREATE TABLE removed (image_id TEXT PRIMARY KEY REFERENCES images (id) ON DELETE CASCADE) STRICT;"
+_SCHEMA = f"""
 CREATE TABLE images (
     id TEXT PRIMARY KEY, manifest TEXT NOT NULL, manifest_size INTEGER NOT NULL, created_ns INTEGER NOT NULL
 ) STRICT;
@@ -38,9 +40,10 @@ CREATE TABLE snapshots (
     diff_id TEXT NOT NULL REFERENCES layers (diff_id), form TEXT NOT NULL, name TEXT NOT NULL UNIQUE,
     size_bytes INTEGER NOT NULL, PRIMARY KEY (diff_id, form)
 ) STRICT;
+{_REMOVED}
 """
 # Step N leads from version N + 1 to N + 2. Never edit one that has been released.
-_MIGRATIONS: tuple[str, ...] = ()
+_MIGRATIONS: tuple[str, ...] = (_REMOVED,)
 
 
 class ImageRow(NamedTuple):
@@ -131,6 +134,17 @@ class Database:
 
     def set_name(self, name: str, image_id: str) -> None:
         self._db.execute("INSERT OR REPLACE INTO names VALUES (?, ?)", (name, image_id))
+        self.keep(image_id)
+
+    def set_removed(self, image_id: str) -> None:
+        """It goes with the last instance that uses it, unless it is kept meanwhile."""
+        self._db.execute("INSERT OR IGNORE INTO removed VALUES (?)", (image_id,))
+
+    def keep(self, image_id: str) -> None:
+        self._db.execute("DELETE FROM removed WHERE image_id = ?", (image_id,))
+
+    def removed(self) -> list[str]:
+        return [row[0] for row in self._db.execute("SELECT image_id FROM removed ORDER BY image_id")]
 
     def delete_name(self, name: str) -> None:
         self._db.execute("DELETE FROM names WHERE name = ?", (name,))

@@ -15,8 +15,10 @@ def remove(database: Database, image: Image, name: str, *, force: bool, in_use: 
     canonical = _as_name(database, image, name)
     everything = database.names(image.id)
     users = in_use(image.id)
-    if canonical is not None and (_others(canonical, everything) or (users and force)):
+    if canonical is not None and _others(canonical, everything):
         return _untag(database, [canonical])
+    if canonical is not None and users and force:
+        return _leave_to_users(database, image, everything)
     if canonical is not None and users:
         raise Conflict(
             f'conflict: unable to remove repository reference "{name}" (must force) - '
@@ -39,8 +41,14 @@ def remove(database: Database, image: Image, name: str, *, force: bool, in_use: 
                 f"image is being used by container {users[0][:12]}",
                 hint=f"remove the instance first: `ambi rm {users[0][:12]}`",
             )
-        return _untag(database, everything)
+        return _leave_to_users(database, image, everything)
     return remove_image(database, image)
+
+
+def remove_unused(database: Database, resolve: Callable[[str], Image], in_use: Callable[[str], list[str]]) -> list[Removed]:
+    """Remove what was left to instances that are gone."""
+    gone = [image_id for image_id in database.removed() if not in_use(image_id)]
+    return [item for image_id in gone for item in remove_image(database, resolve(image_id))]
 
 
 def _others(canonical: str, names: list[str]) -> bool:
@@ -58,10 +66,22 @@ def remove_image(database: Database, image: Image) -> list[Removed]:
     return [*removed, Removed(id=image.id)]
 
 
+def _leave_to_users(database: Database, image: Image, names: list[str]) -> list[Removed]:
+    """Take every name away; the image goes with the last instance that uses it."""
+    with database.transaction():
+        removed = _drop_names(database, names)
+        database.set_removed(image.id)
+    return removed
+
+
 def _untag(database: Database, names: list[str]) -> list[Removed]:
     with database.transaction():
-        for name in names:
-            database.delete_name(name)
+        return _drop_names(database, names)
+
+
+def _drop_names(database: Database, names: list[str]) -> list[Removed]:
+    for name in names:
+        database.delete_name(name)
     return [Removed(name=reference.parse(name).familiar) for name in names]
 
 

@@ -305,6 +305,7 @@ class Store:
                     if old is None:
                         self._database.add_image(image, rows)
                         self._publish([config_blob, manifest_blob], layers)
+                    self._database.keep(image.id)
                     for name in names:
                         self._database.set_name(name.canonical, image.id)
                 self.content.sync_directories()
@@ -361,6 +362,14 @@ class Store:
         with self._mutex:
             removed = removal.remove(self._database, self.resolve(name), name, force=force, in_use=in_use)
             self._forget(removed)
+        return removed
+
+    def remove_unused(self, *, in_use: InUse) -> Removals:
+        """Remove the images whose names were taken away by force while instances used them, once none does."""
+        with self._mutex:
+            removed = removal.remove_unused(self._database, self.resolve, in_use)
+            if removed:
+                self._forget(removed)
         return removed
 
     def prune(self, fits: Callable[[Image], bool], *, everything: bool = False, in_use: InUse) -> tuple[Removals, int]:

@@ -56,6 +56,7 @@ class Core:
         self.restarts = Restarts(self)
         self.claims: Counter[str] = Counter()  # images of which instances are being made
         self.on_auto_remove: Callable[[Record], None] = lambda _: None
+        self.on_removed: Callable[[], None] = lambda: None  # an instance is gone, or was not made after all
 
     @contextmanager
     def claim(self, image_id: str) -> Iterator[None]:
@@ -67,6 +68,7 @@ class Core:
         finally:
             with self.mutex:
                 self.claims[image_id] -= 1
+            self.on_removed()
 
     @contextmanager
     def handing_over(self, record: Record) -> Iterator[None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, BinaryIO
 
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from images.registry.settings import Credentials
     from images.store import HistoryStep, Image, Removed
     from images.verify import Finding
+
+log = logging.getLogger(__name__)
 
 Ids = list[str]
 Names = list[str]
@@ -157,10 +160,19 @@ class ImageService:
         return self._store.history(image)
 
     def remove(self, name: str, *, force: bool = False, prune: bool = True) -> Sequence[Removed]:
-        """Raises Conflict while an instance uses it; with `force` the names go, the data stays until the instance does."""
+        """Raises Conflict while an instance uses it; with `force` its names go now, and it goes with its last instance."""
         removed = self._store.remove(name, force=force, prune=prune, in_use=self.in_use)
         self._tell(removed)
         return removed
+
+    def remove_unused(self) -> None:
+        """After the removal of an instance: remove its image, where that was removed by force before."""
+        try:
+            removed = self._store.remove_unused(in_use=self.in_use)
+        except Exception:  # the instance is gone all the same
+            log.exception("cannot remove images that nothing uses any more; the next removal of an instance tries again")
+            return
+        self._tell(removed)
 
     def prune(self, fits: Callable[[Image], bool], *, everything: bool = False) -> tuple[Sequence[Removed], int]:
         """Remove what no instance uses and `fits`: untagged images, or with `everything` all. Also the bytes freed."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import hashlib
 import io
 import json
 import os
+import sqlite3
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
@@ -119,6 +121,37 @@ def test_an_image_in_use_keeps_its_layers(store: Store) -> None:
         store.remove(image.id, force=True, in_use=used)
     assert store.prune(lambda image: True, everything=True, in_use=used)[0] == []
     assert store.layers(store.resolve(image.id), "erofs")[0].path.exists()
+
+
+def test_what_was_removed_by_force_goes_with_its_last_user(opened: Opener) -> None:
+    """After a restart, too; not when it is given a name again; and nothing else goes with it."""
+    store = opened()
+    one, two, three = imported(store, "a", "1"), imported(store, "b", "2"), imported(store, "", "3")
+    used = lambda _: ["c" * 64]  # noqa: E731
+    for name in ("a", two.id):
+        store.remove(name, force=True, in_use=used)
+    assert store.remove_unused(in_use=used) == []
+    assert {image.id for image in store.list()} == {one.id, two.id, three.id}
+    store.tag(two, "again")
+    store = opened()
+    assert [item.id for item in store.remove_unused(in_use=nobody)] == [one.id]
+    assert {image.id for image in store.list()} == {two.id, three.id}
+    store.remove("again", force=True, in_use=used)
+    imported(store, "", "2", created_ns=two.created_ns)
+    assert store.remove_unused(in_use=nobody) == [] and store.resolve(two.id).names == ()
+
+
+def test_a_store_of_the_first_format_is_carried_over(opened: Opener, short_tmp: Path) -> None:
+    made = Store.open(short_tmp / "images")
+    image = imported(made, "a")
+    made.close()
+    path = short_tmp / "images" / "images.db"
+    with contextlib.closing(sqlite3.connect(path)) as old:
+        old.executescript("DROP TABLE removed; PRAGMA user_version = 1;")
+    store = opened()
+    assert store.list() == [image] and path.with_name("images.db.1.bak").exists()
+    store.remove("a", force=True, in_use=lambda _: ["c" * 64])
+    assert [item.id for item in store.remove_unused(in_use=nobody)] == [image.id]
 
 
 def test_unknown_and_ambiguous_names(store: Store) -> None:
