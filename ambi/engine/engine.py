@@ -95,6 +95,8 @@ class Engine:
         self.volumes = core.volumes = Volumes(core)
         core.on_auto_remove = lambda record: lifecycle.auto_remove(core, record)
         adopt.restore(core)
+        core.on_removed = self.images.remove_unused  # not before: it believes that it knows all instances
+        core.on_removed()
         core.shims.warm_up()
         core.networks.warm_up()
 
