@@ -124,6 +124,9 @@ class ContainerDriver:
         if self._host_mounts is not None and mounts.needs_host(plan.config.get("mounts") or []):
             joined.append((init.HOST_MOUNTS, os.dup(self._host_mounts)))
             job = job._replace(joined=[*job.joined, init.HOST_MOUNTS])
+        if origin := mounts.origin_of(plan.config.get("mounts") or []):
+            joined.append((init.OTHER_MOUNTS, open_namespace(origin)))
+            job = job._replace(joined=[*job.joined, init.OTHER_MOUNTS])
         theirs = stdio.theirs if stdio else []
         cgroup = group.born_in() if starter is None else None
         try:
@@ -243,17 +246,24 @@ def open_namespaces(config: dict[str, Any]) -> list[tuple[str, int]]:
             path = entry.get("path")
             if not path:
                 continue
-            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            found.append((entry["type"], fd))
-            if paths.filesystem_type(fd) != paths.NSFS_MAGIC:
-                raise InvalidRequest(f"linux.namespaces: {path} is not a namespace")
-    except BaseException as error:
+            found.append((entry["type"], open_namespace(path)))
+    except BaseException:
         for _, fd in found:
             os.close(fd)
-        if isinstance(error, FileNotFoundError):
-            raise NotFound(f"linux.namespaces: {error.filename} does not exist") from error
         raise
     return found
+
+
+def open_namespace(path: str) -> int:
+    """A descriptor of the namespace at `path`. Raises NotFound, InvalidRequest."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError as error:
+        raise NotFound(f"linux.namespaces: {path} does not exist") from error
+    if paths.filesystem_type(fd) != paths.NSFS_MAGIC:
+        os.close(fd)
+        raise InvalidRequest(f"linux.namespaces: {path} is not a namespace")
+    return fd
 
 
 def write_files(plan: LaunchPlan, undo: Undo) -> tuple[Path, list[tuple[str, str]]]:

@@ -20,6 +20,7 @@ from runtime.tini import PROGRAM as TINI
 INIT_ANNOTATION = "ambi.init"
 DISPOSABLE_ANNOTATION = "ambi.disposable"
 HOST_MOUNTS = "host mounts"
+OTHER_MOUNTS = "other mounts"
 
 
 class Job(NamedTuple):
@@ -27,8 +28,8 @@ class Job(NamedTuple):
 
     root: what rootfs.prepare returned. scratch: a directory to mount it on. files: (path inside, source on the host).
     cgroup_joins: directories to join by migration. cgroup_tree: (name, host directory) for a mount of type cgroup.
-    fresh, joined: types of namespaces to make, and to enter by the descriptors that come along, in this order; the last may
-    be HOST_MOUNTS, from which some mounts are copied, and which is not entered.
+    fresh, joined: types of namespaces to make, and to enter by the descriptors that come along, in this order. HOST_MOUNTS and
+    OTHER_MOUNTS (another container's) are among them, from which some mounts are copied, and which are not entered.
     """
 
     id: str
@@ -77,10 +78,11 @@ def _run(job: Job, given: Descriptors, doing: list[str]) -> None:
     os.umask(0)
     proc = paths.open_procfs()
     root = _make_root(job)
-    host = given.joined[-1] if HOST_MOUNTS in job.joined else None
-    mounts.attach_all(root, [mounts.parse(m) for m in job.config.get("mounts") or ()], job.cgroup_tree, host)
-    if host is not None:
-        os.close(host)
+    sources = {kind: fd for kind, fd in zip(job.joined, given.joined, strict=True) if kind in (HOST_MOUNTS, OTHER_MOUNTS)}
+    wanted = [mounts.parse(m) for m in job.config.get("mounts") or ()]
+    mounts.attach_all(root, wanted, job.cgroup_tree, sources.get(HOST_MOUNTS), sources.get(OTHER_MOUNTS))
+    for fd in sources.values():
+        os.close(fd)
     doing.append("create devices and files")
     master, slave = _fill(job, root, spec)
     doing.append("set sysctls")
@@ -180,7 +182,7 @@ def _enter_cgroups(job: Job) -> None:
 
 def _enter_namespaces(job: Job, given: Descriptors) -> None:
     for kind, fd in zip(job.joined, given.joined, strict=True):
-        if kind == HOST_MOUNTS:
+        if kind in (HOST_MOUNTS, OTHER_MOUNTS):
             continue
         if kind != "pid":  # joined by the helper: a process never changes its own
             process.setns(fd, process.NAMESPACES[kind][0])

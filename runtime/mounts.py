@@ -41,6 +41,7 @@ _PROPAGATION = {
     "unbindable": mount.MS_UNBINDABLE,
 }
 _IGNORED = ("defaults", "async", "atime")
+OF = "ambi.of="
 _FILESYSTEMS = ("proc", "sysfs", "tmpfs", "devpts", "mqueue", "cgroup2")
 _OVER_PROC = frozenset(
     f"/proc/{name}"
@@ -56,7 +57,7 @@ class Mount(NamedTuple):
 
     set, clear: MOUNT_ATTR_* of this mount; set_all, clear_all: of all mounts below a recursive bind (`rro`).
     propagation: MS_SHARED and the like, 0 to keep it; options: what the file system takes, a None value is a flag.
-    copy, subpath: `ambi.copy` and `ambi.subpath` of ambi/core/plan.py.
+    copy, subpath, of: `ambi.copy`, `ambi.subpath` and `ambi.of` of ambi/core/plan.py.
     """
 
     destination: str
@@ -72,6 +73,7 @@ class Mount(NamedTuple):
     options: tuple[tuple[str, str | None], ...]
     copy: bool = False
     subpath: str = ""
+    of: str = ""
 
     def describe(self) -> str:
         return f"{self.kind} {self.source} at {self.destination}"
@@ -92,10 +94,11 @@ def parse(entry: dict[str, Any]) -> Mount:
     set_one = clear_one = set_all = clear_all = propagation = 0
     propagation_recursive = False
     options: list[tuple[str, str | None]] = []
-    copy, subpath = bind and "ambi.copy" in words, ""
+    copy, subpath, of = bind and "ambi.copy" in words, "", ""
     for word in words:
         if bind and word.startswith("ambi."):
             subpath = word.removeprefix("ambi.subpath=") if word.startswith("ambi.subpath=") else subpath
+            of = word.removeprefix(OF) if word.startswith(OF) else of
         elif word in _FLAGS:
             set_one, clear_one = _merge(set_one, clear_one, *_FLAGS[word])
         elif word[:1] == "r" and word[1:] in _FLAGS and bind:
@@ -111,7 +114,7 @@ def parse(entry: dict[str, Any]) -> Mount:
             options.append((key, value if equals else None))
     return Mount(
         destination, kind, entry.get("source") or kind, "bind" not in words or "rbind" in words,
-        set_one, clear_one, set_all, clear_all, propagation, propagation_recursive, tuple(options), copy, subpath,
+        set_one, clear_one, set_all, clear_all, propagation, propagation_recursive, tuple(options), copy, subpath, of,
     )  # fmt: skip
 
 
@@ -125,17 +128,26 @@ def needs_host(mounts: list[dict[str, Any]]) -> bool:
     return any(entry.get("type") == "bind" or {"bind", "rbind"} & set(entry.get("options") or ()) for entry in mounts)
 
 
-def attach_all(root: int, mounts: list[Mount], cgroup_tree: list[tuple[str, str]], host: int | None = None) -> None:
+def origin_of(mounts: list[dict[str, Any]]) -> str:
+    """The mount namespace of another container that an entry of `mounts` is copied from, "" when there is none."""
+    words = [word for entry in mounts for word in entry.get("options") or ()]
+    return next((word.removeprefix(OF) for word in words if word.startswith(OF)), "")
+
+
+def attach_all(
+    root: int, mounts: list[Mount], cgroup_tree: list[tuple[str, str]], host: int | None = None, other: int | None = None
+) -> None:
     """Make `mounts` below `root` in order.
 
     cgroup_tree: what a mount of type cgroup shows on a version 1 host: (name below it, directory on the host).
     host: the host's mount namespace, where binds are copied from. The shim's own shows what was mounted when its zygote
     began, with what has come since only below shared mounts, and can share nothing with the host.
+    other: the mount namespace of another container, which may be hostile, for binds of something of that.
     """
     for entry in mounts:
         try:
             if entry.kind == "bind":
-                _bind(root, entry, host)
+                _bind(root, entry, other if entry.of else host)
             elif entry.kind == "cgroup" and cgroup_tree:
                 _cgroup_v1(root, entry, cgroup_tree)
             else:
@@ -217,6 +229,9 @@ def _cloned(entry: Mount) -> int:
     flags = mount.OPEN_TREE_CLONE | (mount.AT_RECURSIVE if entry.recursive else 0)
     where = f"{entry.source} at {entry.destination}"
     try:
+        if entry.of:  # a link of that container's leads to nothing that it does not see, but is not what was asked for
+            found = paths.openat2(mount.AT_FDCWD, entry.source, paths.O_PATH | os.O_DIRECTORY, paths.RESOLVE_NO_SYMLINKS)
+            return _tree_at(found, flags)
         if not entry.subpath:
             return mount.open_tree(mount.AT_FDCWD, entry.source, flags)
         source = os.open(entry.source, paths.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -232,6 +247,11 @@ def _cloned(entry: Mount) -> int:
         if error.errno in (errno.EXDEV, errno.ELOOP) and entry.subpath:
             raise InvalidRequest(f"cannot bind {where}: subpath {entry.subpath} leaves its volume") from None
         raise
+    return _tree_at(found, flags)
+
+
+def _tree_at(found: int, flags: int) -> int:
+    """`found` is closed."""
     try:
         return mount.open_tree(found, "", flags)
     finally:

@@ -12,6 +12,7 @@ from ambi.core.errors import AmbiError
 from ambi.core.plan import LaunchPlan, Layers
 from ambi.linux import seccomp
 from runtime import cgroups, devices, finish, mounts
+from runtime.cgroups import blocks
 
 _NAMESPACES = ("pid", "network", "mount", "ipc", "uts", "cgroup")
 _IPC_SYSCTLS = frozenset(
@@ -102,9 +103,10 @@ def _resources(linux: dict[str, Any]) -> list[str]:
     ]
     memory, block = resources.get("memory") or {}, resources.get("blockIO") or {}
     found += [f"linux.resources.memory.{name} is not supported" for name in ("kernel", "kernelTCP") if memory.get(name)]
-    found += [
-        f"linux.resources.blockIO.{name} is not supported" for name, value in block.items() if value and name != "weight"
-    ]
+    known = ("weight", "weightDevice", *blocks.THROTTLES)
+    found += [f"linux.resources.blockIO.{k} is not supported" for k, value in block.items() if value and k not in known]
+    if any(entry.get("leafWeight") for entry in block.get("weightDevice") or ()):
+        found.append("linux.resources.blockIO.weightDevice: leafWeight is not supported")
     cpu = resources.get("cpu") or {}
     found += [
         f"linux.resources.cpu.{name} is not supported"
@@ -141,6 +143,7 @@ def _refusals(config: dict[str, Any]) -> list[Problem]:
     readers: list[Callable[[], object]] = [
         lambda: devices.nodes_of(config),
         lambda: devices.rules_of(config),
+        lambda: blocks.check((config["linux"].get("resources") or {}).get("blockIO") or {}),
         lambda: finish.capability_sets(config["process"]),
         lambda: seccomp.flags_of(config["linux"].get("seccomp") or {}),
         *[functools.partial(mounts.parse, entry) for entry in config.get("mounts") or ()],

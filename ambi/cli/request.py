@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ambi.cli import humanize, mounts, networking, policies
+from ambi.cli.blocks import block_limits
 from ambi.cli.values import env_list, key_values
 from ambi.core.errors import InvalidRequest, from_os_error
 from ambi.core.words import is_address
@@ -106,6 +107,9 @@ def _host(flags: dict[str, Any], volumes: dict[str, Any]) -> dict[str, Any]:
         "UTSMode": flags["uts"] or "",
         "ShmSize": _size(flags, "shm_size"),
         "RestartPolicy": policies.restart(flags["restart"], removes=bool(flags["auto_remove"])),
+        "BlkioWeight": flags["blkio_weight"] or 0,
+        **block_limits(flags),
+        "CgroupParent": flags["cgroup_parent"] or "",
         "CpuShares": flags["cpu_shares"] or 0,
         "Memory": _size(flags, "memory"),
         "NanoCpus": nano_cpus(flags["cpus"]),
@@ -134,8 +138,7 @@ def _host(flags: dict[str, Any], volumes: dict[str, Any]) -> dict[str, Any]:
 _NEUTRAL: dict[str, Any] = {
     "PortBindings": {}, "VolumeDriver": "", "VolumesFrom": None,
     "ConsoleSize": [0, 0], "CgroupnsMode": "", "Cgroup": "", "Links": None, "PublishAllPorts": False, "UsernsMode": "",
-    "Isolation": "", "CgroupParent": "", "BlkioWeight": 0, "BlkioWeightDevice": [], "BlkioDeviceReadBps": [],
-    "BlkioDeviceWriteBps": [], "BlkioDeviceReadIOps": [], "BlkioDeviceWriteIOps": [], "CpuPeriod": 0, "CpuQuota": 0,
+    "Isolation": "", "CpuPeriod": 0, "CpuQuota": 0,
     "CpuRealtimePeriod": 0, "CpuRealtimeRuntime": 0, "CpusetMems": "", "DeviceCgroupRules": None, "DeviceRequests": None,
     "MemoryReservation": 0, "MemorySwappiness": -1, "OomKillDisable": False, "CpuCount": 0, "CpuPercent": 0,
     "IOMaximumIOps": 0, "IOMaximumBandwidth": 0,

@@ -25,7 +25,8 @@ Fields of config.json that mean something of their own here:
 - `annotations`: `ambi.init` = `1` runs the program under a reaping init of ours (docker's --init); `ambi.disposable` = `1`
   says that the upper is worthless after this run, so that its file system need not be synced when the run ends.
 - a mount of type `bind` has an absolute source on the host; the engine has checked that it exists. Options may have
-  `ambi.copy` (an empty source gets what the root has at the destination), `ambi.subpath=PATH` (resolved in the source).
+  `ambi.copy` (an empty source gets what the root has at the destination), `ambi.subpath=PATH` (resolved in the source),
+  `ambi.of=PATH` (the source is looked up in the mount namespace at PATH, another container's).
 - a mount of type `ambi.disk` has an image file of ext4 as its source; VMs alone can have one.
 """
 

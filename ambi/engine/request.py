@@ -16,9 +16,10 @@ RUNTIMES = {"": Isolation.CONTAINER, "container": Isolation.CONTAINER, "runc": I
 
 # Fields that work, for both kinds unless _CONTAINER_ONLY has them; everything else must be neutral.
 _WORKS = """
-    AutoRemove Binds CapAdd CapDrop CgroupnsMode ConsoleSize ContainerIDFile CpuPeriod CpuQuota CpuShares CpusetCpus
-    CpusetMems Devices Dns DnsOptions DnsSearch ExtraHosts GroupAdd Init IpcMode Links LogConfig MaskedPaths Memory
-    MemoryReservation MemorySwap Mounts NanoCpus NetworkMode OomScoreAdj PidMode PidsLimit PortBindings Privileged
+    AutoRemove Binds BlkioDeviceReadBps BlkioDeviceReadIOps BlkioDeviceWriteBps BlkioDeviceWriteIOps BlkioWeight
+    BlkioWeightDevice CapAdd CapDrop CgroupParent CgroupnsMode ConsoleSize ContainerIDFile CpuPeriod CpuQuota CpuShares
+    CpusetCpus CpusetMems Devices Dns DnsOptions DnsSearch ExtraHosts GroupAdd Init IpcMode Links LogConfig MaskedPaths
+    Memory MemoryReservation MemorySwap Mounts NanoCpus NetworkMode OomScoreAdj PidMode PidsLimit PortBindings Privileged
     PublishAllPorts ReadonlyPaths ReadonlyRootfs RestartPolicy Runtime SecurityOpt ShmSize StorageOpt Sysctls Tmpfs Ulimits
     UTSMode VolumeDriver VolumesFrom
 """
@@ -45,6 +46,13 @@ _REFUSED = {
     "UsernsMode": "--userns",
 }
 _CONTAINER_ONLY = {
+    "BlkioDeviceReadBps": "--device-read-bps",
+    "BlkioDeviceReadIOps": "--device-read-iops",
+    "BlkioDeviceWriteBps": "--device-write-bps",
+    "BlkioDeviceWriteIOps": "--device-write-iops",
+    "BlkioWeight": "--blkio-weight",
+    "BlkioWeightDevice": "--blkio-weight-device",
+    "CgroupParent": "--cgroup-parent",
     "CpuShares": "--cpu-shares",
     "CpusetCpus": "--cpuset-cpus",
     "CpusetMems": "--cpuset-mems",
@@ -133,15 +141,15 @@ def _check_modes(host: Body, isolation: Isolation) -> None:
     for key, flag in flags.items():
         mode = host.text(key)
         allowed = ("", "private") if key == "CgroupnsMode" else ("", "private", "host")
-        shared = key == "PidMode" and mode.startswith(SHARED) and mode != SHARED
-        if shared and isolation is Isolation.VM:
+        shared = key in ("PidMode", "IpcMode") and mode.startswith(SHARED) and mode != SHARED
+        if (shared or mode == "shareable") and isolation is Isolation.VM:
+            what = "its processes are" if key == "PidMode" else "its shared memory is"
             raise InvalidRequest(
-                f"{flag} {mode} is not possible for a VM: its processes are its guest's",
+                f"{flag} {mode} is not possible for a VM: {what} its guest's",
                 hint=f"leave {flag} out, or run it as a container: --isolation container",
             )
-        if mode not in allowed and not shared and not (key == "IpcMode" and mode == "none"):
-            instead = "; a volume at /dev/shm is memory that containers share: -v NAME:/dev/shm" if key == "IpcMode" else ""
-            raise InvalidRequest(f"{flag} {mode} is not supported", hint=f"leave {flag} out{instead}")
+        if mode not in allowed and not shared and not (key == "IpcMode" and mode in ("none", "shareable")):
+            raise InvalidRequest(f"{flag} {mode} is not supported", hint=f"leave {flag} out")
         if mode == "host" and isolation is Isolation.VM:
             raise InvalidRequest(
                 f"{flag} host is not possible for a VM: it has a kernel of its own",

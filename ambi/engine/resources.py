@@ -9,8 +9,9 @@ from typing import Any
 
 from ambi.core.errors import InvalidRequest
 from ambi.core.model import Isolation, VmShape
-from ambi.engine import diskquota
+from ambi.engine import cgroups, diskquota
 from ambi.engine.body import Body
+from ambi.engine.endpoints import SHARED
 
 MINIMUM_MEMORY = 6 << 20  # as Docker's
 GUEST_OVERHEAD = 96 << 20  # what kernel and agent of a guest take beside the workload's limit
@@ -35,6 +36,8 @@ def limits(host: Body) -> dict[str, Any]:
     pids = host.number("PidsLimit")
     if pids > 0:
         found["pids"] = {"limit": pids}
+    if block := cgroups.block_io(host):
+        found["blockIO"] = block
     return found
 
 
@@ -149,6 +152,11 @@ def sysctls(host: Body, *, vm: bool) -> dict[str, str]:
         ipc = name in _IPC_SYSCTLS or name.startswith("fs.mqueue.")
         if ipc and host.text("IpcMode") == "host":
             raise InvalidRequest(f"sysctl '{name}' not allowed with host ipc namespace", hint="leave --ipc host out")
+        if ipc and host.text("IpcMode").startswith(SHARED):
+            raise InvalidRequest(
+                f"sysctl '{name}' not allowed with the ipc namespace of another container",
+                hint=f"give it to {host.text('IpcMode').removeprefix(SHARED)}",
+            )
         if name.startswith("net.") and not network:
             raise InvalidRequest(f"sysctl '{name}' not allowed in host network namespace", hint="leave --network host out")
         if not (vm or ipc or name.startswith("net.")):

@@ -12,7 +12,7 @@ from ambi.core.errors import InvalidRequest
 from ambi.core.model import InstanceId, Isolation
 from ambi.core.plan import File, LaunchPlan, Layers, Supervision
 from ambi.core.roots import Roots
-from ambi.engine import logopts, mounts, netfiles, resources, security
+from ambi.engine import cgroups, logopts, mounts, netfiles, resources, security
 from ambi.engine.body import Body
 from ambi.engine.mountpoints import Point
 from ambi.engine.netnames import Names
@@ -157,7 +157,7 @@ def _linux(instance: InstanceId, isolation: Isolation, host: Body, options: secu
     limits["devices"] = resources.device_rules(host, devices)
     linux: dict[str, Any] = {
         "namespaces": _namespaces(host),
-        "cgroupsPath": f"{CGROUP_PARENT}/{instance}",
+        "cgroupsPath": cgroups.path(host, instance),
         "resources": limits,
         "sysctl": resources.sysctls(host, vm=vm),
         "maskedPaths": security.paths(host, "MaskedPaths", security.MASKED_PATHS),

@@ -11,11 +11,14 @@ from ambi.core.errors import InvalidRequest, NotFound, from_os_error
 from ambi.core.plan import LaunchPlan
 from ambi.linux import unix
 
-KINDS = {"network": "net", "pid": "pid"}  # by OCI's name: the name in /proc/PID/ns
+KINDS = {"network": "net", "pid": "pid", "ipc": "ipc", "mount": "mnt"}  # by OCI's name: the name in /proc/PID/ns
+
+SHARED_MEMORY = "/dev/shm"
 
 
 def taken(request: dict[str, Any], message: unix.Message) -> dict[str, int]:
-    """The descriptors that came with a start, by kind: those of `namespaces`, by default the network alone.
+    """The descriptors that came with a start, by kind: those of `namespaces`, by default the network alone. That of `mount`
+    is not to be in, but to have shared memory from.
 
     Raises InvalidRequest for others and for more; the message still owns its descriptors then.
     """
@@ -34,9 +37,23 @@ def given(plan: LaunchPlan, fds: dict[str, int]) -> LaunchPlan:
     if not fds:
         return plan
     linux = plan.config["linux"]
-    namespaces = [entry for entry in linux.get("namespaces") or () if entry.get("type") not in fds]
-    namespaces += [{"type": kind, "path": f"/proc/{os.getpid()}/fd/{fd}"} for kind, fd in fds.items()]
-    return plan._replace(config={**plan.config, "linux": {**linux, "namespaces": namespaces}})
+    names = {kind: f"/proc/{os.getpid()}/fd/{fd}" for kind, fd in fds.items()}
+    origin = names.pop("mount", None)
+    namespaces = [entry for entry in linux.get("namespaces") or () if entry.get("type") not in names]
+    namespaces += [{"type": kind, "path": name} for kind, name in names.items()]
+    mounts = plan.config.get("mounts") or []
+    if origin is not None:  # a container has its own, with the other's memory in it
+        mounts = [_shared(entry, origin) if entry["destination"] == SHARED_MEMORY else entry for entry in mounts]
+    return plan._replace(config={**plan.config, "mounts": mounts, "linux": {**linux, "namespaces": namespaces}})
+
+
+def _shared(entry: dict[str, Any], origin: str) -> dict[str, Any]:
+    """The mount of shared memory as that of the container whose mount namespace is at `origin`; a volume of the
+    user's stays as it is."""
+    if entry.get("type") != "tmpfs":
+        return entry
+    words = ["bind", "nosuid", "noexec", "nodev", f"ambi.of={origin}"]
+    return {"destination": SHARED_MEMORY, "type": "bind", "source": SHARED_MEMORY, "options": words}
 
 
 def opened(kind: str, fd: int | None, pid: int | None) -> int:

@@ -128,6 +128,9 @@ class Shim:
                 self._hub.end()
             self.done = True
             raise
+        finally:
+            if (mounts := self._namespaces.pop("mount", None)) is not None:  # held, it would keep the other's root mounted
+                os.close(mounts)
         self._phase = "running"
         gc.freeze()  # what is there now stays for the whole run
         return {"pid": pid}

@@ -25,7 +25,8 @@ LIMITS = {
     "memory.low": "memory reservation", "cpu.shares": "CPU shares", "cpu.weight": "CPU shares",
     "cpu.cfs_period_us": "CPU period", "cpu.cfs_quota_us": "CPU quota", "cpu.max": "CPU quota",
     "cpuset.cpus": "set of CPUs", "cpuset.mems": "set of memory nodes", "pids.max": "limit of processes",
-    "blkio.weight": "block I/O weight", "io.weight": "block I/O weight",
+    "blkio.weight": "block I/O weight", "blkio.bfq.weight": "block I/O weight", "io.weight": "block I/O weight",
+    "io.bfq.weight": "block I/O weight",
 }  # fmt: skip
 
 

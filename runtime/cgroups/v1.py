@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from ambi.core.deadline import Deadline
 from ambi.core.errors import InvalidRequest, Unavailable, Unsupported
 from ambi.core.model import Usage
-from runtime.cgroups import change, freezer, oom
+from runtime.cgroups import blocks, change, freezer, oom
 from runtime.cgroups.hierarchies import Hierarchies, below, read, read_number, read_table, write
 from runtime.devices import Rule
 
@@ -153,6 +153,7 @@ class V1Group:
         for controller, name, value in _settings(resources):
             if value is not None:
                 write(self._directory(controller), name, str(value))
+        blocks.apply(blocks.v1(self._directory("blkio"), resources.get("blockIO") or {}))
 
     def usage(self) -> Usage:
         cpu, memory = self._directory("cpuacct"), self._directory("memory")
@@ -234,7 +235,7 @@ class V1Group:
         if len(both) == 2 and self._grows(both[1]):  # memory alone must never be above both together
             at = settings.index(both[0])
             settings[at : at + 2] = [both[1], both[0]]
-        change.apply(settings)
+        change.apply([*settings, *blocks.v1(self._directory("blkio"), resources.get("blockIO") or {})])
 
     @staticmethod
     def _grows(setting: change.Setting) -> bool:
@@ -270,5 +271,4 @@ def _settings(resources: dict[str, Any]) -> list[tuple[str, str, Any]]:
         ("cpuset", "cpuset.cpus", cpu.get("cpus") or None),
         ("cpuset", "cpuset.mems", cpu.get("mems") or None),
         ("pids", "pids.max", "max" if pids is not None and pids < 0 else pids or None),
-        ("blkio", "blkio.weight", (resources.get("blockIO") or {}).get("weight") or None),
     ]

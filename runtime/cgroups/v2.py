@@ -11,7 +11,7 @@ from ambi.core.deadline import Deadline
 from ambi.core.errors import Conflict, Unsupported
 from ambi.core.model import Usage
 from ambi.linux import device_filter
-from runtime.cgroups import change, freezer, oom
+from runtime.cgroups import blocks, change, freezer, oom
 from runtime.cgroups.hierarchies import Hierarchies, below, read, read_number, read_table, write
 from runtime.cgroups.v1 import clean, remove_directory
 from runtime.devices import Rule
@@ -45,6 +45,7 @@ class V2Group:
         for name, value in _settings(resources):
             if value is not None:
                 self._set(name, str(value))
+        blocks.apply(blocks.v2(self.directory, resources.get("blockIO") or {}))
 
     def _make(self) -> None:
         here = self._root
@@ -117,9 +118,9 @@ class V2Group:
 
     def update(self, resources: dict[str, Any]) -> None:
         self._check_memory((resources.get("memory") or {}).get("limit") or 0)
-        change.apply(
-            change.Setting(self.directory, name, str(value)) for name, value in _settings(resources) if value is not None
-        )
+        wanted = [(name, value) for name, value in _settings(resources) if value is not None]
+        settings = [change.Setting(self.directory, name, str(value)) for name, value in wanted]
+        change.apply([*settings, *blocks.v2(self.directory, resources.get("blockIO") or {})])
 
     def _check_memory(self, limit: int) -> None:
         """The kernel would kill processes until they fit, where version 1 refuses."""
@@ -158,7 +159,6 @@ def _settings(resources: dict[str, Any]) -> list[tuple[str, Any]]:
     pids = (resources.get("pids") or {}).get("limit")
     quota, period = cpu.get("quota") or 0, cpu.get("period") or 100_000
     shares = cpu.get("shares")
-    weight = (resources.get("blockIO") or {}).get("weight")
     bandwidth = f"{quota if quota > 0 else 'max'} {period}"
     return [
         ("memory.max", _or_max(limit)),
@@ -169,7 +169,6 @@ def _settings(resources: dict[str, Any]) -> list[tuple[str, Any]]:
         ("cpuset.cpus", cpu.get("cpus") or None),
         ("cpuset.mems", cpu.get("mems") or None),
         ("pids.max", _or_max(pids or 0)),
-        ("io.weight", 1 + (weight - 10) * 9999 // 990 if weight else None),
     ]
 
 

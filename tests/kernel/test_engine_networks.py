@@ -211,6 +211,35 @@ def test_processes_of_another_container(engine: Networked) -> None:
     assert "No such container" in engine.refused("run", "--rm", "--pid", "container:nobody", "busybox", "true")
 
 
+def test_shared_memory_of_another_container(engine: Networked) -> None:
+    """`--ipc container:NAME`: its namespace and its /dev/shm, also of one that shares itself; they outlive the first one."""
+    look = ["sh", "-c", "cat /dev/shm/word; readlink /proc/self/ns/ipc; df /dev/shm | tail -n 1"]
+    engine.ok("run", "-d", "--name", "one", "--ipc", "shareable", "--shm-size", "8m", "busybox", "sleep", "1000")
+    engine.ok("exec", "one", "sh", "-c", "echo word > /dev/shm/word")
+    seen = engine.ok("exec", "one", *look)
+    assert seen.startswith("word\nipc:") and "8192" in seen
+    engine.ok("run", "-d", "--name", "two", "--ipc", "container:one", "busybox", "sleep", "1000")
+    assert engine.ok("exec", "two", *look) == seen
+    assert engine.ok("run", "--rm", "--ipc", "container:two", "busybox", *look) == seen
+    assert engine.inspect("two")["HostConfig"]["IpcMode"] == "container:one"
+    mounts = os.readlink(f"/proc/{engine.inspect('one')['State']['Pid']}/ns/mnt")
+    shim = engine.shims()[engine.inspect("two")["Id"]]
+    kept = {os.readlink(fd) for fd in Path(f"/proc/{shim}/fd").iterdir()}
+    assert mounts not in kept, "it would keep the root of the first"
+    engine.ok("rm", "-f", "one")
+    assert engine.ok("exec", "two", *look) == seen
+
+    engine.ok("run", "-d", "--name", "one", "busybox", "sleep", "1000")
+    assert "non-shareable IPC" in engine.refused("run", "--rm", "--ipc", "container:one", "busybox", "true")
+    engine.ok("create", "--name", "quiet", "--ipc", "shareable", "busybox")
+    assert "non running container" in engine.refused("run", "--rm", "--ipc", "container:quiet", "busybox")
+    assert "No such container" in engine.refused("run", "--rm", "--ipc", "container:nobody", "busybox", "true")
+    refused = engine.refused("run", "--rm", "--ipc", "container:two", "--sysctl", "kernel.shmmax=1", "busybox", "true")
+    assert "not allowed with the ipc namespace of another container" in refused
+    for mode in ("shareable", "container:two"):
+        assert "not possible for a VM" in engine.refused("run", "--rm", "--runtime", "vm", "--ipc", mode, "busybox", "true")
+
+
 def test_connect_and_disconnect_while_it_runs(engine: Networked) -> None:
     engine.ok("network", "create", "front")
     engine.ok("network", "create", "--internal", "back")

@@ -7,12 +7,13 @@ import select
 import signal
 import subprocess
 import time
+from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 import pytest
 
 from ambi.core.deadline import Deadline
-from ambi.core.errors import InvalidRequest
+from ambi.core.errors import InvalidRequest, Unsupported
 from ambi.core.loop import Loop
 from ambi.linux import device_filter
 from runtime import cgroups
@@ -69,6 +70,60 @@ def test_limits(rig: Rig) -> None:
         for directory in _directories(path):
             assert (directory / "cgroup.procs").read_text().split() == [str(running.created.init.pid)], directory
         assert running.created.usage().memory_limit_bytes == 64 << 20
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[str]:
+    """A block device of the test's own."""
+    image = tmp_path / "disk"
+    image.write_bytes(bytes(1 << 20))
+    name = subprocess.run(["losetup", "--find", "--show", image], check=True, capture_output=True, text=True).stdout.strip()
+    yield name
+    subprocess.run(["losetup", "--detach", name], check=True)
+
+
+def test_limits_of_a_disk(rig: Rig, disk: str) -> None:
+    """Bytes and operations a second; one member of the pair that shares a file in version 2 does not undo the other."""
+    number = os.stat(disk).st_rdev
+    device = {"major": os.major(number), "minor": os.minor(number)}
+    rates = {"throttleReadBpsDevice": 1 << 20, "throttleWriteBpsDevice": 2 << 20, "throttleReadIOPSDevice": 300,
+             "throttleWriteIOPSDevice": 400}  # fmt: skip
+    block = {member: [{**device, "rate": rate}] for member, rate in rates.items()}
+    found, name = cgroups.hierarchies(), f"{device['major']}:{device['minor']}"
+    plan = rig.plan(["sleep", "1000"], resources={"blockIO": block})
+    with rig.started_plan(plan):
+        directory = Path(f"{found.of('blkio') or found.v2}{plan.config['linux']['cgroupsPath']}")
+        if found.v1:
+            for file, rate in zip(("read_bps", "write_bps", "read_iops", "write_iops"), rates.values(), strict=True):
+                assert (directory / f"blkio.throttle.{file}_device").read_text().strip() == f"{name} {rate}"
+        else:
+            assert (directory / "io.max").read_text().strip() == f"{name} rbps=1048576 wbps=2097152 riops=300 wiops=400"
+
+
+def test_a_limit_of_what_is_no_disk(rig: Rig) -> None:
+    plan = rig.plan(["true"], resources={"blockIO": {"throttleReadBpsDevice": [{"major": 240, "minor": 1, "rate": 1}]}})
+    with pytest.raises(InvalidRequest, match=r"cannot limit block I/O.*240:1"), rig.started_plan(plan):
+        pass
+    assert not [d for d in _directories(plan.config["linux"]["cgroupsPath"]) if d.exists()]
+
+
+def test_a_weight_of_block_io(rig: Rig) -> None:
+    """Where this kernel has one, by whichever scheduler; else it is refused by its name."""
+    plan = rig.plan(["sleep", "1000"], resources={"blockIO": {"weight": 300}})
+    probe = rig.plan(["sleep", "1000"])
+    with rig.started_plan(probe):
+        groups = _directories(probe.config["linux"]["cgroupsPath"])
+        names = {"blkio.weight": "300", "blkio.bfq.weight": "300", "io.bfq.weight": "300", "io.weight": "2930"}
+        there = {name: value for name, value in names.items() if any((group / name).exists() for group in groups)}
+    if not there:
+        with pytest.raises(Unsupported, match="block I/O weight"), rig.started_plan(plan):
+            pass
+        return
+    with rig.started_plan(plan):
+        for group in _directories(plan.config["linux"]["cgroupsPath"]):
+            for name, value in there.items():
+                if (group / name).exists():
+                    assert (group / name).read_text().split()[:2][-1] == value
 
 
 def test_exec_joins(rig: Rig) -> None:

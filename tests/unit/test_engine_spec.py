@@ -124,6 +124,14 @@ def test_limits_become_resources() -> None:
         ({"Sysctls": {"net.x": "1"}, "NetworkMode": "host"}, "host network"),
         ({"Sysctls": {"net/../../x": "1"}}, "net/../../x"),
         ({"Devices": [{"PathOnHost": "/etc/passwd", "PathInContainer": "/x"}]}, "not a device node"),
+        ({"CgroupParent": "/a/../b"}, "invalid --cgroup-parent '/a/../b'"),
+        ({"CgroupParent": "/a\nb"}, "invalid --cgroup-parent"),
+        ({"CgroupParent": f"/ambi/{ID}"}, "end with their instances"),
+        ({"BlkioWeight": 1001}, "from 10 to 1000"),
+        ({"BlkioWeightDevice": [{"Path": "/dev/null", "Weight": 10}]}, "/dev/null: not a block device"),
+        ({"BlkioDeviceReadBps": [{"Path": "/dev/none", "Rate": 10}]}, "--device-read-bps /dev/none: no such file"),
+        ({"BlkioDeviceWriteIOps": [{"Path": "/dev\0", "Rate": 10}]}, "--device-write-iops"),
+        ({"IpcMode": "container:a", "Sysctls": {"kernel.shmmax": "1"}}, "ipc namespace of another container"),
         ({"Binds": ["data:/x:rslave"]}, "invalid mode: rslave"),
         ({"VolumesFrom": ["a:fly"]}, "invalid volumes-from"),
         ({"Binds": ["/a:relative"]}, "must be absolute"),
@@ -150,6 +158,13 @@ def test_wrong_values_are_refused_with_the_cause(host: dict[str, Any], words: st
     with pytest.raises(InvalidRequest) as caught:
         oci(**host)
     assert words in caught.value.message
+
+
+def test_where_its_control_group_is() -> None:
+    assert oci()["linux"]["cgroupsPath"] == f"/ambi/{ID}"
+    for parent in ("/jobs/a", "jobs//a/", "./jobs/a"):
+        assert oci(CgroupParent=parent)["linux"]["cgroupsPath"] == f"/jobs/a/{ID}"
+    assert oci(CgroupParent="/")["linux"]["cgroupsPath"] == f"/{ID}"
 
 
 def test_the_environment_is_in_dockers_order() -> None:

@@ -74,7 +74,9 @@ def test_a_good_plan(tmp_path: Path) -> None:
         ({"linux": {"resources": {"mystery": 1}}}, "mystery"),
         ({"linux": {"resources": {"memory": {"kernel": 5}}}}, "memory.kernel"),
         ({"linux": {"resources": {"cpu": {"realtimeRuntime": 5}}}}, "realtimeRuntime"),
-        ({"linux": {"resources": {"blockIO": {"throttleReadBpsDevice": [{}]}}}}, "throttleReadBpsDevice"),
+        ({"linux": {"resources": {"blockIO": {"throttleReadBpsDevice": [{}]}}}}, "malformed: KeyError: 'major'"),
+        ({"linux": {"resources": {"blockIO": {"weight": "a"}}}}, "malformed"),
+        ({"linux": {"resources": {"blockIO": {"leafWeight": 10}}}}, "blockIO.leafWeight"),
         (
             {"linux": {"seccomp": {"defaultAction": "SCMP_ACT_ALLOW", "flags": ["SECCOMP_FILTER_FLAG_NEW_LISTENER"]}}},
             "LISTENER",
