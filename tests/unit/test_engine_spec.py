@@ -130,7 +130,6 @@ def test_limits_become_resources() -> None:
         ({"BlkioWeight": 1001}, "from 10 to 1000"),
         ({"BlkioWeightDevice": [{"Path": "/dev/null", "Weight": 10}]}, "/dev/null: not a block device"),
         ({"BlkioDeviceReadBps": [{"Path": "/dev/none", "Rate": 10}]}, "--device-read-bps /dev/none: no such file"),
-        ({"BlkioDeviceWriteIOps": [{"Path": "/dev\0", "Rate": 10}]}, "--device-write-iops"),
         ({"IpcMode": "container:a", "Sysctls": {"kernel.shmmax": "1"}}, "ipc namespace of another container"),
         ({"Binds": ["data:/x:rslave"]}, "invalid mode: rslave"),
         ({"VolumesFrom": ["a:fly"]}, "invalid volumes-from"),
