@@ -28,8 +28,8 @@ class Job(NamedTuple):
 
     root: what rootfs.prepare returned. scratch: a directory to mount it on. files: (path inside, source on the host).
     cgroup_joins: directories to join by migration. cgroup_tree: (name, host directory) for a mount of type cgroup.
-    fresh, joined: types of namespaces to make, and to enter by the descriptors that come along, in this order. HOST_MOUNTS and
-    OTHER_MOUNTS (another container's) are among them, from which some mounts are copied, and which are not entered.
+    fresh, joined: types of namespaces to make, and to enter by the descriptors that come along, in this order. HOST_MOUNTS
+    and OTHER_MOUNTS (another container's) may be among them, from which some mounts are copied, and which are not entered.
     """
 
     id: str

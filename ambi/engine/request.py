@@ -27,14 +27,7 @@ _SUPPORTED = frozenset(_WORKS.split())
 # Fields that do not work, and Docker's flag for each.
 _REFUSED = {
     "Annotations": "--annotation",
-    "BlkioDeviceReadBps": "--device-read-bps",
-    "BlkioDeviceReadIOps": "--device-read-iops",
-    "BlkioDeviceWriteBps": "--device-write-bps",
-    "BlkioDeviceWriteIOps": "--device-write-iops",
-    "BlkioWeight": "--blkio-weight",
-    "BlkioWeightDevice": "--blkio-weight-device",
     "Cgroup": "HostConfig.Cgroup",
-    "CgroupParent": "--cgroup-parent",
     "CpuRealtimePeriod": "--cpu-rt-period",
     "CpuRealtimeRuntime": "--cpu-rt-runtime",
     "DeviceCgroupRules": "--device-cgroup-rule",

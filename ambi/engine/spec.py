@@ -21,7 +21,6 @@ from ambi.engine.types import CreateSpec
 from ambi.linux.capabilities import NAMES
 
 DEFAULT_PATH = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
-CGROUP_PARENT = "/ambi"
 HIGHEST_ID = (1 << 31) - 1  # Docker's limit of users and groups
 
 
