@@ -39,11 +39,16 @@ def binds(plan: LaunchPlan) -> tuple[Bind, ...]:
     found = []
     for number, mount in enumerate(plan.config.get("mounts") or ()):
         if is_bind(mount):
-            options = mount.get("options") or ()
-            readonly = "ro" in options or "rro" in options
-            subpath = next((word.removeprefix(SUBPATH) for word in options if word.startswith(SUBPATH)), "")
-            found.append(Bind(str(number), Path(mount["source"]), readonly, "bind" not in options, subpath, COPY in options))
+            found.append(bind(str(number), mount))
     return tuple(found)
+
+
+def bind(name: str, mount: dict[str, Any]) -> Bind:
+    """A bind mount as an entry `name` of the shared tree."""
+    options = mount.get("options") or ()
+    readonly = "ro" in options or "rro" in options
+    subpath = next((word.removeprefix(SUBPATH) for word in options if word.startswith(SUBPATH)), "")
+    return Bind(name, Path(mount["source"]), readonly, "bind" not in options, subpath, COPY in options)
 
 
 def volumes(plan: LaunchPlan) -> tuple[Volume, ...]:
@@ -95,11 +100,15 @@ def may_mount(plan: LaunchPlan) -> bool:
 
 
 def _mount(number: int, mount: dict[str, Any]) -> Items:
-    bind = is_bind(mount)
-    kind = "bind" if bind else mount.get("type") or "none"
-    source = str(number) if bind else mount.get("source") or kind
-    if kind == DISK:
-        source = f"volume{number}"
+    if is_bind(mount):
+        return mount_items(mount, str(number))
+    return mount_items(mount, f"volume{number}" if mount.get("type") == DISK else mount.get("source") or mount.get("type"))
+
+
+def mount_items(mount: dict[str, Any], source: str | None) -> Items:
+    """The fields of a MOUNT. source: the name of a bind in the shared tree, the serial number of a disk, else its own."""
+    kind = "bind" if is_bind(mount) else mount.get("type") or "none"
+    source = source or kind
     items: list[tuple[int, Value]] = [
         (MountTag.DESTINATION, mount["destination"]),
         (MountTag.TYPE, kind),

@@ -19,6 +19,7 @@ from ambi.core.undo import Undo
 from ambi.linux import process
 from runtime import exec as executor
 from runtime import spawn, terminal, top
+from runtime.attach import Attachments
 from runtime.cgroups.oom import Bell
 from runtime.cgroups.v1 import Group
 from runtime.finish import Filter
@@ -157,8 +158,10 @@ class Container:
         spares: Spares,
         helpers: spawn.Helpers,
         view: View,
+        attachments: Attachments,
     ) -> None:
         self.tree = view.tree
+        self._attachments = attachments
         self._view = view
         self._id, self._init, self._group, self._loop, self._program = identity, init, group, loop, program
         self._channel: spawn.Channel | None = channel
@@ -248,6 +251,18 @@ class Container:
         if not self._started or self._init.exit is not None:
             raise Conflict(f"container {self._id} is not running")
         self._group.update(resources)
+
+    def attach(self, mount: dict[str, Any], by: Deadline) -> None:
+        self._check_runs()
+        self._attachments.attach(mount, by)
+
+    def detach(self, destination: str, by: Deadline, *, force: bool) -> None:
+        self._check_runs()
+        self._attachments.detach(destination, by, force=force)
+
+    def _check_runs(self) -> None:
+        if not self._started or self._init.exit is not None:
+            raise Conflict(f"container {self._id} is not running")
 
     def _listen(self) -> None:
         """For memory that runs out. Not on the way of a start; what came before is told with the end of the process."""

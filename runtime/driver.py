@@ -15,7 +15,7 @@ from ambi.core.model import Isolation
 from ambi.core.plan import LaunchPlan
 from ambi.core.undo import Undo
 from ambi.linux import paths, process
-from runtime import cgroups, devices, features, filters, init, mounts, rootfs, spawn, tree, validate
+from runtime import attach, cgroups, devices, features, filters, init, mounts, rootfs, spawn, tree, validate
 from runtime.cgroups.v1 import Group, V1Group
 from runtime.container import (
     Container,
@@ -113,7 +113,10 @@ class ContainerDriver:
         first = ContainerProcess(pid, pidfd, streams, has_terminal, group)
         spares = Spares(loop, helpers, group.joins, keep="pid" in job.fresh and not (group.joins and _counts(resources)))
         view = tree.View(tree.Place(plan, job.root, pidfd, file_list), loop)
-        return Container(plan.id, first, ours, group, loop, program, files, "pid" in job.fresh, spares, helpers, view)
+        mounting = attach.Attachments(pidfd, self._host_mounts)
+        return Container(
+            plan.id, first, ours, group, loop, program, files, "pid" in job.fresh, spares, helpers, view, mounting
+        )
 
     def _spawn(
         self, job: init.Job, plan: LaunchPlan, group: Group, starter: Starter | None, stdio: Stdio | None,

@@ -200,10 +200,8 @@ def _attach(made: int, target: int, entry: Mount) -> None:
 
 
 def _bind(root: int, entry: Mount, host: int | None) -> None:
-    made = _cloned(entry) if host is None else _cloned_there(entry, host)
+    made = cloned(entry, host)
     try:
-        if host is not None and entry.propagation != mount.MS_SHARED:
-            mount.mount_setattr(made, propagation=mount.MS_SLAVE, recursive=True)
         if entry.copy:
             _copy_up(root, made, entry)
         if stat.S_ISDIR(os.fstat(made).st_mode):
@@ -215,13 +213,30 @@ def _bind(root: int, entry: Mount, host: int | None) -> None:
         raise
     try:
         _refuse_proc(target, entry)
-        if entry.set or entry.clear:
-            mount.mount_setattr(made, set=entry.set, clear=entry.clear)
-        if entry.set_all or entry.clear_all:
-            mount.mount_setattr(made, set=entry.set_all, clear=entry.clear_all, recursive=True)
+        set_attributes(made, entry)
         _attach(made, target, entry)
     finally:
         os.close(target)
+
+
+def set_attributes(made: int, entry: Mount) -> None:
+    """The flags of a bind, before it has a place."""
+    if entry.set or entry.clear:
+        mount.mount_setattr(made, set=entry.set, clear=entry.clear)
+    if entry.set_all or entry.clear_all:
+        mount.mount_setattr(made, set=entry.set_all, clear=entry.clear_all, recursive=True)
+
+
+def cloned(entry: Mount, host: int | None) -> int:
+    """A detached copy of what is to be bound, which tells the host nothing unless it is to share. host: see attach_all."""
+    made = _cloned(entry) if host is None else _cloned_there(entry, host)
+    try:
+        if host is not None and entry.propagation != mount.MS_SHARED:
+            mount.mount_setattr(made, propagation=mount.MS_SLAVE, recursive=True)
+    except BaseException:
+        os.close(made)
+        raise
+    return made
 
 
 def _cloned(entry: Mount) -> int:

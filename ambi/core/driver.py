@@ -118,6 +118,23 @@ class Alarmed(Protocol):
     on_oom: Callable[[], None] | None  # called from the loop, perhaps several times
 
 
+class Mountable(Protocol):
+    """Of a Created: what is mounted in the running root for the rest of the run."""
+
+    def attach(self, mount: dict[str, Any], by: Deadline) -> None:
+        """Mount one more: an entry of config.json's `mounts`, a bind or `ambi.disk`. What is missing of its destination is made.
+
+        Raises NotFound (the source), InvalidRequest (the destination), Conflict (something was attached there, it does not
+        run, no room), Unsupported. Nothing is mounted then.
+        """
+
+    def detach(self, destination: str, by: Deadline, *, force: bool) -> None:
+        """Unmount what was attached at `destination`. force: also while it is in use; who uses it has it until he lets go.
+
+        Raises NotFound, Conflict (in use, or something was mounted over it).
+        """
+
+
 class Pluggable(Protocol):
     """Of a Created whose workload does not see what the engine does in its network namespace: a VM."""
 

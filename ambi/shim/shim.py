@@ -73,6 +73,7 @@ class Shim:
         self._size: tuple[int, int] | None = None
         self._execs: dict[str, Session] = {}
         self._past_execs: dict[str, tuple[int, ExitStatus]] = {}  # the last KEPT_EXECS that ended: pid and exit
+        self._mounts: dict[str, dict[str, Any]] = {}  # notes of what was mounted while it runs, by destination
         self._oom_told = False
         self._slow: list[Hub] = []  # of ended execs that still have clients
         self._deletions: list[Request] = []
@@ -249,6 +250,7 @@ class Shim:
             "pid": self._created.init.pid if self._created else 0,
             "exit": init.exit._asdict() if init and init.exit else None,
             "execs": self._exec_states(),
+            "mounts": list(self._mounts.values()),
         }
 
     def _exec_states(self) -> dict[str, Any]:
@@ -311,6 +313,21 @@ class Shim:
 
     def update(self, request: Request) -> dict[str, Any]:
         self._able("update")(_field(request, "resources", dict), Deadline.after(_seconds(request, START_SECONDS)))
+        return {}
+
+    def mount(self, request: Request) -> dict[str, Any]:
+        mount, note = _field(request, "mount", dict), _field(request, "note", dict)
+        destination = mount.get("destination")
+        if not isinstance(destination, str) or not destination:
+            raise InvalidRequest("a mount without a destination")
+        self._able("attach")(mount, Deadline.after(_seconds(request, START_SECONDS)))
+        self._mounts[destination] = note
+        return {}
+
+    def unmount(self, request: Request) -> dict[str, Any]:
+        destination, force = _field(request, "destination", str), _flag(request, "force")
+        self._able("detach")(destination, Deadline.after(_seconds(request, START_SECONDS)), force=force)
+        self._mounts.pop(destination, None)
         return {}
 
     def _able(self, ability: str) -> Callable[..., Any]:
@@ -477,6 +494,8 @@ HANDLERS: dict[str, Callable[[Shim, Request], dict[str, Any] | None]] = {
     "resume": Shim.resume,
     "save": Shim.save,
     "update": Shim.update,
+    "mount": Shim.mount,
+    "unmount": Shim.unmount,
     "plug_nic": Shim.plug_nic,
     "unplug_nic": Shim.unplug_nic,
     "delete": Shim.delete,

@@ -120,6 +120,11 @@ class MountTag(IntEnum):
     OPTION = 4
 
 
+class DetachTag(IntEnum):
+    DESTINATION = 1
+    FORCE = 2
+
+
 class FileTag(IntEnum):
     PATH = 1
     MODE = 2

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ambi.core.deadline import Deadline
+from ambi.core.errors import Unsupported
 from hyper.qemu.qmp import Qmp
 from hyper.vm.jail import Child
 from hyper.vm.monitor import BOOT, number
@@ -29,11 +30,24 @@ class QemuMonitor:
     def inspect(self, by: Deadline) -> dict[str, Any]:
         return {"vmm": "qemu", "accelerator": self._accelerator, "started": self.origin}
 
+    def plug_disk(self, serial: str, fd: int, by: Deadline, *, readonly: bool) -> int:
+        raise _fixed("disk", "give it to the virtual machine when it is made")
+
+    def plug_share(self, tag: str, fd: int, by: Deadline) -> int:
+        raise _fixed("file tree", "start it with a bind mount (-v): others can be attached to it then")
+
+    def unplug(self, slot: int, by: Deadline) -> None:
+        """There is nothing."""
+
     def why(self) -> str:
         return self.qmp.why_shut_down()
 
     def close(self) -> None:
         self.qmp.close()
+
+def _fixed(what: str, hint: str) -> Unsupported:
+    """microvm has no bus that a device can be plugged into."""
+    return Unsupported(f"a virtual machine of QEMU's microvm cannot get a {what} while it runs", hint=hint)
 
 
 def block_bytes(stats: Any) -> tuple[int, int]:

@@ -64,7 +64,7 @@ def launch(
         if network:
             network.close_taps()
         line = restoring.line() if restoring else _line(backend, host, monitor, hardware)
-        parts = Parts(monitor, console, cgroup, servers, network, line)
+        parts = Parts(monitor, console, cgroup, servers, network, line, host_mounts)
         machine = VirtualMachine(plan, parts, agent, loop, restoring)
         undo.add("end the VM", machine.abandon)
         return machine

@@ -16,6 +16,7 @@ from ambi.core.plan import LaunchPlan
 from hyper import translate
 from hyper.guest.protocol import INIT_ID, VERSION, HelloTag, Items, Message, NetTag, Type
 from hyper.vm import live, saving, snapshots, tree
+from hyper.vm.attach import Attachments, Home
 from hyper.vm.cgroup import Cgroup
 from hyper.vm.console import Console
 from hyper.vm.guest_process import GuestProcess
@@ -39,10 +40,11 @@ CONSOLE_FILE = "console"
 class Parts:
     """What the driver made before it hands the VM over. All of it is the VM's to end."""
 
-    __slots__ = ("cgroup", "console", "line", "monitor", "network", "servers")
+    __slots__ = ("cgroup", "console", "host_mounts", "line", "monitor", "network", "servers")
 
     def __init__(
-        self, monitor: Monitor, console: Console, cgroup: Cgroup, servers: list[Server], network: Network | None, line: Line
+        self, monitor: Monitor, console: Console, cgroup: Cgroup, servers: list[Server], network: Network | None, line: Line,
+        host_mounts: int | None,
     ) -> None:
         self.monitor = monitor
         self.line = line
@@ -50,6 +52,7 @@ class Parts:
         self.cgroup = cgroup
         self.servers = servers
         self.network = network
+        self.host_mounts = host_mounts
 
 
 class VirtualMachine:
@@ -71,6 +74,8 @@ class VirtualMachine:
         loop.watch(parts.monitor.child.pidfd, POLLIN, self._vmm_ended)
         terminal = bool(plan.config["process"].get("terminal"))
         self.init = GuestProcess(loop, self._link, INIT_ID, terminal=terminal, stdin=plan.stdin)
+        home = Home(plan.run_dir, parts.cgroup, parts.host_mounts)
+        self._attachments = Attachments(home, parts.monitor, self._link, parts.servers)
         self._restoring = restoring
         if restoring:
             self.init.hold()
@@ -238,6 +243,7 @@ class VirtualMachine:
     def _check_saving(self) -> None:
         self._check_alive()
         saving.refuse_shares(self._plan)
+        self._attachments.refuse_saving()
 
     def _save(self, home: Path, notes: dict[str, str], by: Deadline) -> dict[str, Any]:
         self._link.wait(self._link.request(Type.PING), by, "the guest's agent")  # behind it no answer is on its way
@@ -255,6 +261,14 @@ class VirtualMachine:
         except AmbiError as error:
             reason = f"it did not go on after it was saved: {error.message}"
             self._loop.later(0, lambda: self._link.fail(reason))
+
+    def attach(self, mount: dict[str, Any], by: Deadline) -> None:
+        self._check_alive()
+        self._attachments.attach(mount, by)
+
+    def detach(self, destination: str, by: Deadline, *, force: bool) -> None:
+        self._check_alive()
+        self._attachments.detach(destination, by, force=force)
 
     def plug_nic(self, name: str, by: Deadline) -> None:
         network = self._network()

@@ -25,6 +25,18 @@ class Monitor(Protocol):
         """What `inspect` shows of a running VM: {"vmm": name, "accelerator": name, "started": origin, ...} with
         the back-end's own figures."""
 
+    def plug_disk(self, serial: str, fd: int, by: Deadline, *, readonly: bool) -> int:
+        """One more disk, of the file `fd`, which stays the caller's: the slot that it is in. Its driver is not bound yet.
+
+        Raises Unsupported (this back-end has no devices that come later), Conflict (no slot is empty).
+        """
+
+    def plug_share(self, tag: str, fd: int, by: Deadline) -> int:
+        """The same of a file tree; `fd` is connected to its virtiofsd."""
+
+    def unplug(self, slot: int, by: Deadline) -> None:
+        """Take away what was plugged into `slot`, whatever the guest does with it."""
+
     def why(self) -> str:
         """Of a VMM that has ended: the cause that it gave (`guest-reset`, `guest-panic`, ...), else ""."""
 

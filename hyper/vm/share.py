@@ -11,15 +11,17 @@ Two programs are called virtiofsd: the one in C of QEMU 7 (Debian 12, /usr/lib/q
 from __future__ import annotations
 
 import errno
+import gc
+import json
 import os
 import socket
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
-from ambi.core.errors import InvalidRequest, NotFound, Unsupported, from_os_error
+from ambi.core.errors import AmbiError, InvalidRequest, NotFound, Unsupported, from_os_error, from_wire
 from ambi.linux import mount, paths, process
 from hyper.vm import jail
 from hyper.vm.cgroup import Cgroup
@@ -29,6 +31,8 @@ INSTALL = "apt-get install virtiofsd (Debian 12: qemu-system-common)"
 RUST_PROGRAMS = ("/usr/libexec/virtiofsd", "/usr/lib/virtiofsd")
 ROOT_TAG = "root"
 BINDS_TAG = "binds"
+TMPFS_MAGIC = 0x01021994  # linux/magic.h
+DONE = b"done"
 
 
 class Bind(NamedTuple):
@@ -201,22 +205,118 @@ def _options(exe: str, path: Path, *, shared: bool) -> list[str]:
 def _build_tree(tree: Path, binds: tuple[Bind, ...]) -> None:
     """In the child: a read-only tmpfs on `tree` with the binds mounted in it."""
     mount.mount("tmpfs", tree, "tmpfs", mount.MS_NOSUID | mount.MS_NODEV | mount.MS_NOEXEC, "mode=755,size=1m")
+    top = os.open(tree, os.O_PATH | os.O_CLOEXEC)
     for bind in binds:
-        flags = mount.OPEN_TREE_CLONE | (mount.AT_RECURSIVE if bind.recursive else 0)
-        source = bind.open()
-        fd = mount.open_tree(source, "", flags)
-        is_directory = stat.S_ISDIR(os.fstat(source).st_mode)
-        os.close(source)
-        if bind.readonly and not (bind.copies and is_directory and not os.listdir(f"/proc/self/fd/{fd}")):
-            _make_readonly(fd, recursive=bind.recursive)
-        target = tree / bind.name
-        if is_directory:
-            target.mkdir()
-        else:
-            target.touch()
-        mount.move_mount(fd, mount.AT_FDCWD, target)
+        fd = _cloned(bind)
+        _make_entry(top, bind.name, fd)
+        mount.move_mount(fd, top, bind.name)
         os.close(fd)
+    os.close(top)
     mount.mount(None, tree, None, mount.MS_REMOUNT | mount.MS_BIND | mount.MS_RDONLY)
+
+
+def _cloned(bind: Bind) -> int:
+    """A detached mount of what is bound."""
+    source = bind.open()
+    try:
+        fd = mount.open_tree(source, "", mount.OPEN_TREE_CLONE | (mount.AT_RECURSIVE if bind.recursive else 0))
+    finally:
+        os.close(source)
+    empty = bind.copies and stat.S_ISDIR(os.fstat(fd).st_mode) and not os.listdir(f"/proc/self/fd/{fd}")
+    if bind.readonly and not empty:
+        _make_readonly(fd, recursive=bind.recursive)
+    return fd
+
+
+def _make_entry(tree: int, name: str, fd: int) -> None:
+    """What `fd` can be mounted on."""
+    if stat.S_ISDIR(os.fstat(fd).st_mode):
+        os.mkdir(name, 0o755, dir_fd=tree)
+    else:
+        os.close(os.open(name, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o644, dir_fd=tree))
+
+
+def add(server: Server, bind: Bind, host_mounts: int | None) -> None:
+    """Bind something more in the tree of a virtiofsd that runs, and that its guest has mounted.
+
+    It looks paths up when it is asked, and so sees what is mounted in its namespace. Raises an AmbiError.
+    """
+
+    def work() -> None:
+        if host_mounts is not None:
+            process.setns(host_mounts, process.CLONE_NEWNS)
+        check_sources((bind,))
+        fd = _cloned(bind)
+        mount.mount_setattr(fd, propagation=mount.MS_SLAVE, recursive=True)
+        process.setns(server.child.pidfd, process.CLONE_NEWNS)
+        _make_entry(_writable_tree(), bind.name, fd)
+        mount.move_mount(fd, mount.AT_FDCWD, f"/{bind.name}")
+
+    _apart(work, f"cannot bind {bind.source}")
+
+
+def remove(server: Server, name: str) -> None:
+    """Undo `add`; what is open there stays with whoever has it. Idempotent. Raises an AmbiError."""
+
+    def work() -> None:
+        process.setns(server.child.pidfd, process.CLONE_NEWNS)
+        tree = _writable_tree()
+        try:
+            info = os.stat(name, dir_fd=tree, follow_symlinks=False)
+        except FileNotFoundError:
+            return
+        try:
+            mount.umount(f"/{name}", mount.MNT_DETACH | mount.UMOUNT_NOFOLLOW)
+        except OSError as error:
+            if error.errno != errno.EINVAL:  # nothing is mounted there
+                raise
+        if stat.S_ISDIR(info.st_mode):
+            os.rmdir(name, dir_fd=tree)
+        else:
+            os.unlink(name, dir_fd=tree)
+
+    _apart(work, "cannot take a bind away")
+
+
+def _apart(work: Callable[[], None], what: str) -> None:
+    """Run `work` in a child, which may enter other namespaces. Raises what it raises there; `what` names an OSError."""
+    reader, writer = os.pipe2(os.O_CLOEXEC)
+    pid = os.fork()
+    if pid == 0:
+        _tell(work, what, writer)
+    os.close(writer)
+    with open(reader, "rb") as told:
+        text = told.read()
+    try:
+        os.waitpid(pid, 0)
+    except ChildProcessError:  # reaped by another part of this process
+        pass
+    if text != DONE:
+        raise from_wire(json.loads(text or b'{"kind": "Internal", "message": "the process that changes mounts was killed"}'))
+
+
+def _tell(work: Callable[[], None], what: str, writer: int) -> NoReturn:
+    try:
+        gc.freeze()
+        process.die_with_parent()
+        work()
+        os.write(writer, DONE)
+    except AmbiError as error:
+        os.write(writer, json.dumps(error.to_wire()).encode())
+    except OSError as error:
+        os.write(writer, json.dumps(from_os_error(what, error).to_wire()).encode())
+    finally:
+        os._exit(0)
+
+
+def _writable_tree() -> int:
+    """In a virtiofsd's namespace, whose root is the tree of binds: the tmpfs itself, without what is mounted in it. No path
+    leads to this mount, so the guest's is read-only at every moment."""
+    fd = mount.open_tree(mount.AT_FDCWD, "/", mount.OPEN_TREE_CLONE)
+    if paths.filesystem_type(fd) != TMPFS_MAGIC:
+        raise OSError(errno.EXDEV, "the root of virtiofsd is not the tree of binds")
+    mount.mount_setattr(fd, clear=mount.MOUNT_ATTR_RDONLY)
+    return fd
 
 
 def _make_readonly(fd: int, *, recursive: bool) -> None:

@@ -37,6 +37,15 @@ class VmmMonitor:
         figures = self.call("figures", by)
         return {"vmm": "ambi", "accelerator": "kvm", "started": self.origin, **figures}
 
+    def plug_disk(self, serial: str, fd: int, by: Deadline, *, readonly: bool) -> int:
+        return number(self.call("plug", by, (fd,), kind="disk", serial=serial, readonly=readonly).get("slot"))
+
+    def plug_share(self, tag: str, fd: int, by: Deadline) -> int:
+        return number(self.call("plug", by, (fd,), kind="share", tag=tag).get("slot"))
+
+    def unplug(self, slot: int, by: Deadline) -> None:
+        self.call("unplug", by, slot=slot)
+
     def call(self, op: str, by: Deadline, fds: tuple[int, ...] = (), **fields: Any) -> dict[str, Any]:
         """The answer to `op`. Raises Unavailable (it is gone), DeadlineExceeded, or what it answers."""
         self._last += 1

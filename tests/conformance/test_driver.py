@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from ambi.core.deadline import Deadline
-from ambi.core.errors import AmbiError, CommandNotExecutable, CommandNotFound, Conflict, InvalidRequest
+from ambi.core.errors import AmbiError, CommandNotExecutable, CommandNotFound, Conflict, InvalidRequest, NotFound
 from ambi.core.loop import Loop
 from ambi.core.model import Status
 from ambi.linux import capabilities
@@ -276,6 +276,48 @@ def test_readonly_root(rig: Rig) -> None:
     done = rig.run(["sh", "-c", script], root={"readonly": True}, mounts=(tmpfs,))
     assert done.out == b"a\n"
     assert (b"/b: Read-only file system" in done.err and b"No space left" in done.err) or b"ermission denied" in done.err
+
+
+def test_mounts_come_and_go(rig: Rig, short_tmp: Path) -> None:
+    """A VM of QEMU has to begin with one."""
+    first, second = short_tmp / "first", short_tmp / "second"
+    for place in (first, second):
+        place.mkdir()
+        (place / "file").write_text(f"{place.name}\n")
+    by = Deadline.after(120)
+
+    def bind(source: Path, destination: str, *options: str) -> dict[str, Any]:
+        return {"destination": destination, "type": "bind", "source": str(source), "options": ["rbind", *options]}
+
+    with rig.started(["sleep", "1000"], mounts=(bind(first, "/first"),)) as running:
+        created: Any = running.created
+        created.attach(bind(second, "/srv/second"), by)
+        created.attach(bind(second, "/srv/ro", "ro"), by)
+        created.attach(bind(second / "file", "/one/file"), by)
+        script = "cat /srv/second/file /one/file && echo back > /srv/second/back && ! touch /srv/ro/no"
+        done = running.exec(["sh", "-c", script])
+        assert (done.code, done.out) == (0, b"second\nsecond\n"), done
+        assert (second / "back").read_text() == "back\n"
+        with pytest.raises(Conflict, match="attached at /srv/ro already"):
+            created.attach(bind(second, "/srv/ro"), by)
+        with pytest.raises(NotFound, match="nowhere"):
+            created.attach(bind(short_tmp / "nowhere", "/srv/nowhere"), by)
+        holder = running.start_exec(["sh", "-c", "cd /srv/second && echo in && read x && cat file"], stdin=True)
+        holder.until(lambda: holder.out)
+        with pytest.raises(Conflict, match="/srv/second is in use"):
+            created.detach("/srv/second", by, force=False)
+        created.detach("/srv/second", by, force=True)
+        for destination in ("/srv/ro", "/one/file"):
+            created.detach(destination, by, force=False)
+        done = running.exec(["sh", "-c", "ls /srv/second /srv/ro && cat /one/file /first/file"])
+        assert (done.code, done.out) == (0, b"/srv/ro:\n\n/srv/second:\nfirst\n"), done
+        holder.write(b"\n")
+        holder.close_stdin()
+        assert holder.finish().out == b"in\nsecond\n"
+        with pytest.raises(NotFound, match="nothing is attached at /srv/ro"):
+            created.detach("/srv/ro", by, force=False)
+        created.attach(bind(first, "/srv/ro"), by)
+        assert running.exec(["cat", "/srv/ro/file"]).out == b"first\n"
 
 
 def test_bind_mounts(rig: Rig, short_tmp: Path) -> None:

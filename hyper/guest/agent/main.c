@@ -1,4 +1,5 @@
 /* /init of the guest: one event loop over the host's port, the workload's streams and SIGCHLD. See PROTOCOL.md. */
+#include "attach.h"
 #include "boot.h"
 #include "cgroup.h"
 #include "fields.h"
@@ -261,6 +262,12 @@ static void handle(struct agent *a, uint16_t type, uint32_t id, uint8_t *body, s
         break;
     case MSG_CPUS:
         answer_result(a, id, sizes_cpus(&fields, &e), &e);
+        break;
+    case MSG_ATTACH:
+        answer_result(a, id, attach_mount(&a->workload, body, length, &e), &e);
+        break;
+    case MSG_DETACH:
+        answer_result(a, id, attach_unmount(&a->workload, &fields, &e), &e);
         break;
     case MSG_GROW:
         answer_result(a, id, sizes_grow(&fields, &e), &e);

@@ -119,12 +119,8 @@ static int apply_attributes(int fd, const struct asked *asked) {
     return set_attributes(fd, propagation, asked->propagation_recursive ? AT_RECURSIVE : 0);
 }
 
-static bool is_disk(const struct mount *m) {
-    return strcmp(m->type, "ambi.disk") == 0;
-}
-
 static const char *file_system(const struct mount *m) {
-    if (is_disk(m))
+    if (mount_is_disk(m))
         return "ext4";
     return strcmp(m->type, "cgroup") == 0 ? "cgroup2" : m->type;
 }
@@ -132,7 +128,7 @@ static const char *file_system(const struct mount *m) {
 /* What the file system is made of: for a disk, the device with its source as serial number. */
 static int source_of(const struct mount *m, char source[PATH_MAX], struct error *e) {
     char name[64];
-    if (!is_disk(m)) {
+    if (!mount_is_disk(m)) {
         snprintf(source, PATH_MAX, "%s", m->source && *m->source ? m->source : m->type);
         return 0;
     }
@@ -146,7 +142,7 @@ static int configure(int fs, const struct mount *m, const struct asked *asked, s
     char source[PATH_MAX];
     if (source_of(m, source, e) < 0)
         return -1;
-    if (is_disk(m) && (asked->all.attr_set & MOUNT_ATTR_RDONLY) && fsconfig(fs, FSCONFIG_SET_FLAG, "ro", NULL, 0) < 0)
+    if (mount_is_disk(m) && (asked->all.attr_set & MOUNT_ATTR_RDONLY) && fsconfig(fs, FSCONFIG_SET_FLAG, "ro", NULL, 0) < 0)
         return fail_errno(e, errno, "mount %s: read-only", m->destination);
     if (fsconfig(fs, FSCONFIG_SET_STRING, "source", source, 0) < 0)
         return fail_errno(e, errno, "mount %s: source '%s'", m->destination, source);
@@ -218,26 +214,39 @@ static int fill(int mounted, int original, struct error *e) {
     return result;
 }
 
-int mounts_apply(int root, int binds, const struct mount *m, int original, struct error *e) {
+int mounts_make(int binds, const struct mount *m, int original, struct error *e) {
     struct asked asked;
     if (ask(&asked, m, e) < 0)
         return -1;
     int fd = asked.bind ? clone_bind(binds, m, &asked, e) : new_file_system(m, &asked, e);
+    int result = fd;
+    if (fd >= 0 && original >= 0)
+        result = fill(fd, original, e);
+    if (result >= 0 && apply_attributes(fd, &asked) < 0)
+        result = fail_errno(e, errno, "mount %s: flags", m->destination);
+    if (fd >= 0 && result < 0)
+        close(fd);
+    free(asked.data.at);
+    return result < 0 ? -1 : fd;
+}
+
+int mounts_place(int root, int mounted, const struct mount *m, struct error *e) {
+    int target = open_destination(root, m, mounted, e);
+    if (target < 0)
+        return -1;
+    int result = move_mount(mounted, "", target, "", MOVE_MOUNT_F_EMPTY_PATH | MOVE_MOUNT_T_EMPTY_PATH);
+    if (result < 0)
+        fail_errno(e, errno, "cannot attach the mount %s", m->destination);
+    close(target);
+    return result;
+}
+
+int mounts_apply(int root, int binds, const struct mount *m, int original, struct error *e) {
+    int fd = mounts_make(binds, m, original, e);
     if (fd < 0)
         return -1;
-    int target = -1, result = -1;
-    if (original >= 0 && fill(fd, original, e) < 0)
-        ;
-    else if (apply_attributes(fd, &asked) < 0)
-        fail_errno(e, errno, "mount %s: flags", m->destination);
-    else if ((target = open_destination(root, m, fd, e)) >= 0)
-        result = move_mount(fd, "", target, "", MOVE_MOUNT_F_EMPTY_PATH | MOVE_MOUNT_T_EMPTY_PATH);
-    if (target >= 0 && result < 0)
-        fail_errno(e, errno, "cannot attach the mount %s", m->destination);
-    if (target >= 0)
-        close(target);
+    int result = mounts_place(root, fd, m, e);
     close(fd);
-    free(asked.data.at);
     return result;
 }
 

@@ -97,11 +97,12 @@ static int mount_virtiofs(const char *tag, const char *target, struct error *e) 
     return 0;
 }
 
-static bool is_bind(const struct mount *mount) {
-    for (size_t i = 0; i < mount->options.count; i++)
-        if (strcmp(mount->options.at[i], "bind") == 0 || strcmp(mount->options.at[i], "rbind") == 0)
-            return true;
-    return strcmp(mount->type, "bind") == 0;
+int root_mount_binds(struct error *e) {
+    static bool mounted;
+    if (!mounted && mount_virtiofs("binds", BINDS, e) < 0)
+        return -1;
+    mounted = true;
+    return 0;
 }
 
 /* The mount of the disk waits for reads and a flush; a process of its own, in the same mount namespace, waits for them while
@@ -158,7 +159,7 @@ int root_assemble(const struct setup *setup, struct error *e) {
     if (mount_root(setup, e) < 0)
         return -1;
     for (size_t i = 0; i < setup->mount_count; i++)
-        if (is_bind(&setup->mounts[i]))
-            return mount_virtiofs("binds", BINDS, e);
+        if (mount_is_bind(&setup->mounts[i]))
+            return root_mount_binds(e);
     return 0;
 }

@@ -21,11 +21,10 @@ static void *add(void **array, size_t *count, size_t size) {
     return memset(grown + (*count)++ * size, 0, size);
 }
 
-static bool parse_mount(struct setup *setup, const struct field *outer) {
-    struct mount *mount = add((void **)&setup->mounts, &setup->mount_count, sizeof(*mount));
+bool mount_parse(struct mount *mount, uint8_t *body, size_t length) {
     struct fields fields;
     struct field f;
-    bool ok = mount && fields_open(&fields, outer->data, outer->length);
+    bool ok = fields_open(&fields, body, length);
     while (ok && fields_next(&fields, &f)) {
         char *text = field_string(&f);
         ok = text != NULL;
@@ -39,6 +38,22 @@ static bool parse_mount(struct setup *setup, const struct field *outer) {
             ok = strings_add(&mount->options, text);
     }
     return ok && mount->destination && mount->type;
+}
+
+bool mount_is_bind(const struct mount *mount) {
+    for (size_t i = 0; i < mount->options.count; i++)
+        if (strcmp(mount->options.at[i], "bind") == 0 || strcmp(mount->options.at[i], "rbind") == 0)
+            return true;
+    return strcmp(mount->type, "bind") == 0;
+}
+
+bool mount_is_disk(const struct mount *mount) {
+    return strcmp(mount->type, "ambi.disk") == 0;
+}
+
+static bool parse_mount(struct setup *setup, const struct field *outer) {
+    struct mount *mount = add((void **)&setup->mounts, &setup->mount_count, sizeof(*mount));
+    return mount && mount_parse(mount, outer->data, outer->length);
 }
 
 static bool parse_file(struct setup *setup, const struct field *outer) {

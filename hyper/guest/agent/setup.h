@@ -54,6 +54,10 @@ struct setup {
 
 /* Values point into `body` or are allocated, and live as long as the guest. */
 int setup_parse(struct setup *setup, uint8_t *body, size_t length, struct error *e);
+/* The fields of a MOUNT; `mount` is zeroed before. */
+bool mount_parse(struct mount *mount, uint8_t *body, size_t length);
+bool mount_is_bind(const struct mount *mount);
+bool mount_is_disk(const struct mount *mount);
 bool strings_add(struct strings *list, char *text);
 
 /* In the agent's own mount namespace: the root at ROOT, the writable disk at DISK, the binds' share at BINDS. */
@@ -64,6 +68,8 @@ bool strings_add(struct strings *list, char *text);
 /* The kernel's name (`vda`) of the virtio disk with this serial number. */
 int root_find_disk(const char *serial, char *name, size_t size, struct error *e);
 int root_assemble(const struct setup *setup, struct error *e);
+/* Mount the binds' share, unless it is. */
+int root_mount_binds(struct error *e);
 
 /* In the waiting process: everything below the new root, then the pivot. Hands back what RUN needs in the root. */
 int root_enter(const struct setup *setup, struct error *e);
