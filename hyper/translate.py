@@ -138,11 +138,12 @@ def shape(plan: LaunchPlan) -> VmShape:
     return plan.vm or VmShape()
 
 
-def memory_limit(plan: LaunchPlan) -> int:
-    """What the workload may use: its own limit, or all that the VM has."""
+def memory_limit(plan: LaunchPlan, more: int = 0) -> int:
+    """What the workload may use: its own limit, or all that the VM has. more: bytes beyond what it booted with."""
     memory = ((plan.config.get("linux") or {}).get("resources") or {}).get("memory") or {}
     limit = memory.get("limit") or 0
-    return min(limit, shape(plan).memory_bytes) if limit > 0 else shape(plan).memory_bytes
+    most = shape(plan).memory_bytes + more
+    return min(limit, most) if limit > 0 else most
 
 
 def cpu_limits(plan: LaunchPlan) -> Limits:

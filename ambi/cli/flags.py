@@ -159,6 +159,7 @@ _LIMITS: list[Callable[[Any], Any]] = [
     option("--cpuset-mems", metavar="LIST", help="Memory nodes to use, as 0-1."),
     option("--pids-limit", type=int, metavar="NUMBER", help="Most processes and threads, -1 for no limit."),
     option("--restart", metavar="POLICY", help="no, always, unless-stopped or on-failure[:N]."),
+    many("--storage-opt", metavar="NAME=VALUE", help="size=BYTES: a larger disk of a VM."),
 ]
 
 

@@ -159,6 +159,7 @@ def changes_of(flags: dict[str, Any]) -> dict[str, Any]:
         "CpusetMems": flags["cpuset_mems"],
         "PidsLimit": flags["pids_limit"],
         "RestartPolicy": policies.restart(flags["restart"]) if flags["restart"] else None,
+        "StorageOpt": key_values("--storage-opt", (), flags["storage_opt"]),
     }
     return {key: value for key, value in body.items() if value}
 

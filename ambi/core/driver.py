@@ -112,6 +112,13 @@ class Updatable(Protocol):
         """
 
 
+class Growable(Protocol):
+    """Of a Created whose writable layer is a disk."""
+
+    def grow(self, disk_bytes: int, by: Deadline) -> None:
+        """Make the disk and its file system larger. Raises InvalidRequest when it would shrink."""
+
+
 class Alarmed(Protocol):
     """Of a Created that can tell, while the workload runs on, that the kernel has killed one of its processes for memory."""
 

@@ -64,6 +64,9 @@ class Usage(NamedTuple):
     block_write_bytes: int = 0
 
 
+GUEST_OVERHEAD_BYTES = 96 << 20  # what kernel and agent of a guest take beside the workload's limit
+
+
 class VmShape(NamedTuple):
     """What a VM needs and config.json has no words for.
 

@@ -8,13 +8,12 @@ from collections.abc import Iterator
 from typing import Any
 
 from ambi.core.errors import InvalidRequest
-from ambi.core.model import Isolation, VmShape
+from ambi.core.model import GUEST_OVERHEAD_BYTES, Isolation, VmShape
 from ambi.engine import cgroups, diskquota
 from ambi.engine.body import Body
 from ambi.engine.endpoints import SHARED
 
 MINIMUM_MEMORY = 6 << 20  # as Docker's
-GUEST_OVERHEAD = 96 << 20  # what kernel and agent of a guest take beside the workload's limit
 _RLIMITS = frozenset(
     ("as", "core", "cpu", "data", "fsize", "locks", "memlock", "msgqueue", "nice", "nofile", "nproc", "rss", "rtprio")
     + ("rttime", "sigpending", "stack")
@@ -111,7 +110,7 @@ def vm_shape(host: Body) -> VmShape:
     `--storage-opt`."""
     default = VmShape()
     limit, nano = host.number("Memory"), host.number("NanoCpus")
-    memory = max(limit + GUEST_OVERHEAD, default.memory_bytes) if limit else default.memory_bytes
+    memory = max(limit + GUEST_OVERHEAD_BYTES, default.memory_bytes) if limit else default.memory_bytes
     memory = (memory + (2 << 20) - 1) & ~((2 << 20) - 1)
     return VmShape(
         vcpus=max(default.vcpus, -(-nano // 1_000_000_000)),

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from ambi.core.errors import Conflict, InvalidRequest, from_os_error
-from ambi.engine import request, resources
+from ambi.core.model import Isolation, VmShape
+from ambi.engine import diskquota, request, resources
 from ambi.engine.body import Body
 from ambi.engine.core import Core
 from ambi.engine.create import write_record
@@ -15,7 +16,7 @@ from ambi.engine.types import CreateSpec
 
 _LIMITS = frozenset((
     "CpuPeriod", "CpuQuota", "CpuShares", "CpusetCpus", "CpusetMems", "Memory", "MemoryReservation", "MemorySwap",
-    "NanoCpus", "PidsLimit",
+    "NanoCpus", "PidsLimit", "StorageOpt",
 ))  # fmt: skip
 _BOTH = {"memory": ("limit", "swap"), "cpu": ("quota", "period")}  # written together, whichever changes
 
@@ -29,13 +30,43 @@ def update(core: Core, id: str, asked: dict[str, Any]) -> list[str]:
         old = record.row.spec
         new = CreateSpec(old.config, merged(old.host, asked), old.networking)
         request.check_host(new)
+        size = disk_bytes(old.host, new.host)
         limits = changes(resources.limits(Body("HostConfig", old.host)), resources.limits(Body("HostConfig", new.host)))
         run = record.run
-        if limits and record.state.running and run is not None:
-            run.connection.call("update", resources=limits, by=soon())
+        warnings: list[str] = []
+        if record.state.running and run is not None:
+            if size:
+                run.connection.call("grow", disk_bytes=size, by=soon())
+            if limits:
+                warnings = _warnings(run.connection.call("update", resources=limits, by=soon()))
         _store(core, record, new)
         core.publish(record, "update")
-    return []
+    return warnings
+
+
+def _warnings(answer: dict[str, Any]) -> list[str]:
+    found = answer.get("warnings")
+    return [str(text) for text in found] if isinstance(found, list) else []
+
+
+def disk_bytes(old: dict[str, Any], new: dict[str, Any]) -> int:
+    """The size that the disk of a VM is to grow to; 0 for the one that it has. Raises InvalidRequest, in a hint how else."""
+    if old.get("StorageOpt") == new.get("StorageOpt"):
+        return 0
+    isolation = request.isolation_of(Body("HostConfig", new))
+    if isolation is not Isolation.VM:
+        raise InvalidRequest(
+            "--storage-opt cannot be changed for a container: its size was set when it was made",
+            hint="create it anew, or run it as a VM: --isolation vm",
+        )
+    size = diskquota.wanted_bytes(Body("HostConfig", new), isolation)
+    now = diskquota.wanted_bytes(Body("HostConfig", old), isolation) or VmShape().disk_bytes
+    if size < now:
+        raise InvalidRequest(
+            f"the disk of a VM cannot shrink from {now >> 20} MiB to {size >> 20} MiB",
+            hint="ask for more, or create the VM anew with --storage-opt",
+        )
+    return size if size > now else 0
 
 
 def merged(host: dict[str, Any], asked: dict[str, Any]) -> dict[str, Any]:

@@ -312,7 +312,11 @@ class Shim:
         return {"manifest": save(Path(_field(request, "home", str)), _field(request, "notes", dict), by)}
 
     def update(self, request: Request) -> dict[str, Any]:
-        self._able("update")(_field(request, "resources", dict), Deadline.after(_seconds(request, START_SECONDS)))
+        by = Deadline.after(_seconds(request, START_SECONDS))
+        return {"warnings": self._able("update")(_field(request, "resources", dict), by) or []}
+
+    def grow(self, request: Request) -> dict[str, Any]:
+        self._able("grow")(_field(request, "disk_bytes", int), Deadline.after(_seconds(request, START_SECONDS)))
         return {}
 
     def mount(self, request: Request) -> dict[str, Any]:
@@ -494,6 +498,7 @@ HANDLERS: dict[str, Callable[[Shim, Request], dict[str, Any] | None]] = {
     "resume": Shim.resume,
     "save": Shim.save,
     "update": Shim.update,
+    "grow": Shim.grow,
     "mount": Shim.mount,
     "unmount": Shim.unmount,
     "plug_nic": Shim.plug_nic,

@@ -38,7 +38,8 @@ def build(qemu: str, machine: Hardware, layers: int | None = None) -> list[str]:
         *_stream("agent", machine.agent), "-device", "virtio-serial-device,max_ports=2",
         "-device", f"virtserialport,nr=1,chardev=agent,name={PORT_NAME}",
     ]  # fmt: skip
-    return argv + memory + _disks(machine, layers) + _shares(machine) + _nics(machine) + _volumes(machine)
+    argv += memory + _balloon(machine)
+    return argv + _disks(machine, layers) + _shares(machine) + _nics(machine) + _volumes(machine)
 
 
 def _memory(machine: Hardware) -> list[str]:
@@ -47,6 +48,12 @@ def _memory(machine: Hardware) -> list[str]:
         shared = "on" if machine.memory.shared else "off"
         return ["-object", f"memory-backend-file,id=ram,{size},mem-path={MEMORY_PATH},share={shared}"]
     return ["-object", f"memory-backend-memfd,id=ram,{size},share=on"] if machine.shares else []
+
+
+def _balloon(machine: Hardware) -> list[str]:
+    """What the guest does not use goes back to the host; of a copy of a template QEMU cannot give it: it would punch holes
+    into the template's file, and may not."""
+    return ["-device", "virtio-balloon-device,free-page-reporting=on"] if machine.memory is None else []
 
 
 def _cpu(machine: Hardware) -> list[str]:

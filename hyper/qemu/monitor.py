@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from ambi.core.deadline import Deadline
@@ -14,6 +15,7 @@ from hyper.vm.monitor import BOOT, number
 class QemuMonitor:
     """Owns the QMP socket and the child. layers: the descriptor of the VMDK, None for a guest without layers."""
 
+    hotplug_bytes = 0  # its microvm has no place for a virtio-mem device
     __slots__ = ("_accelerator", "child", "layers", "origin", "parted", "qmp")
 
     def __init__(self, child: Child, qmp: Qmp, accelerator: str, *, origin: str = BOOT, layers: int | None = None) -> None:
@@ -30,6 +32,19 @@ class QemuMonitor:
     def inspect(self, by: Deadline) -> dict[str, Any]:
         return {"vmm": "qemu", "accelerator": self._accelerator, "started": self.origin}
 
+    def resize_memory(self, more_bytes: int, by: Deadline) -> int:
+        raise Unsupported("QEMU's microvm cannot change the memory of a running virtual machine")
+
+    def memory_plugged(self, by: Deadline) -> int:
+        return 0
+
+    def resize_disk(self, serial: str, size_bytes: int, by: Deadline) -> None:
+        self.qmp.execute("block_resize", by, **{"node-name": serial}, size=size_bytes)
+
+    def sysrq(self, key: str, write: Callable[[bytes], None], by: Deadline) -> None:
+        self.qmp.execute("chardev-send-break", by, id="console")
+        write(key.encode())
+
     def plug_disk(self, serial: str, fd: int, by: Deadline, *, readonly: bool) -> int:
         raise _fixed("disk", "give it to the virtual machine when it is made")
 
@@ -44,6 +59,7 @@ class QemuMonitor:
 
     def close(self) -> None:
         self.qmp.close()
+
 
 def _fixed(what: str, hint: str) -> Unsupported:
     """microvm has no bus that a device can be plugged into."""

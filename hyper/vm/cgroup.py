@@ -51,17 +51,19 @@ def hierarchies() -> list[Hierarchy]:
 class Cgroup:
     """The directories of `path` (absolute, as in linux.cgroupsPath) in all hierarchies."""
 
-    __slots__ = ("_all", "_path")
+    __slots__ = ("_all", "_path", "memory_bytes")
 
     def __init__(self, path: str) -> None:
         self._path = os.path.normpath("/" + path).lstrip("/")
         self._all = hierarchies() if self._path else []
+        self.memory_bytes = 0  # the limit that it was made with
 
     def directories(self) -> list[Path]:
         return [h.mount / self._path for h in self._all]
 
     def create(self, limits: Limits) -> None:
         """Make the directories and set what limits the kernel has files for."""
+        self.memory_bytes = limits.memory_bytes
         for hierarchy in self._all:
             directory = hierarchy.mount / self._path
             try:

@@ -49,6 +49,13 @@ class Console:
         self._keep(data, guest=fd == self._serial)
         return True
 
+    def write(self, data: bytes) -> None:
+        """To the guest's serial port. A VMM that does not read is not waited for."""
+        try:
+            os.write(self._serial, data)
+        except OSError:
+            pass
+
     def note(self, data: bytes) -> None:
         """Add what the guest said in another way."""
         self._keep(data, guest=True)

@@ -13,6 +13,7 @@ from ambi.core.errors import AmbiError, Conflict, Internal, InvalidRequest, Stor
 from hyper.vm import jail
 
 FICLONE = 0x40049409  # linux/fs.h
+FILE = "disk.img"  # in the upper directory
 MIN_BYTES = 64 << 20
 MKFS_VERSION = 1  # raised when the options below change, so that old templates are not used
 MKFS = (
@@ -33,12 +34,15 @@ class Volume(NamedTuple):
 def ensure(path: Path, size_bytes: int, templates: Path) -> None:
     """Make `path` unless it is there already: an empty file system of `size_bytes` (rounded up to MiB).
 
-    An existing disk is used as it is, whatever its size. templates: where the file system to clone is kept.
+    One that is there is made longer if it is shorter, and keeps its file system: see `has_room`.
+    templates: where the file system to clone is kept.
     Raises Unsupported (no mkfs.ext4), StorageFull.
     """
     if path.exists():
+        if path.stat().st_size < _rounded(size_bytes):
+            grow(path, size_bytes)
         return
-    size_bytes = -(-max(size_bytes, MIN_BYTES) >> 20) << 20
+    size_bytes = _rounded(size_bytes)
     template = _template(size_bytes, templates)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -47,6 +51,41 @@ def ensure(path: Path, size_bytes: int, templates: Path) -> None:
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise from_os_error(f"cannot make the disk {path}", error) from error
+
+
+def grow(path: Path, size_bytes: int) -> int:
+    """Make the image `path` longer, to whole MiB; how long it is. Raises InvalidRequest (it would shrink), StorageFull."""
+    size_bytes = _rounded(size_bytes)
+    try:
+        now = path.stat().st_size
+        if size_bytes < now:
+            raise InvalidRequest(
+                f"the disk of a virtual machine cannot shrink from {now >> 20} MiB to {size_bytes >> 20} MiB",
+                hint="a new one can be smaller: ambi create --storage-opt size=...",
+            )
+        os.truncate(path, size_bytes)
+    except OSError as error:
+        raise from_os_error("cannot make the disk of a virtual machine larger", error) from error
+    return size_bytes
+
+
+def has_room(path: Path) -> bool:
+    """Whether the file system of the image `path` is smaller than the image: one that has grown, and was not told yet.
+
+    Two numbers of the superblock are compared (ext4(5): s_blocks_count, s_log_block_size), which the guest may have forged.
+    """
+    with open(path, "rb") as file:
+        block = os.pread(file.fileno(), 0x400, 0x400)
+        size = os.fstat(file.fileno()).st_size
+    if len(block) < 0x400:
+        return False
+    low, high = (int.from_bytes(block[at : at + 4], "little") for at in (0x4, 0x150))
+    log = min(int.from_bytes(block[0x18:0x1C], "little"), 6)
+    return (low | high << 32) << 10 + log < size
+
+
+def _rounded(size_bytes: int) -> int:
+    return -(-max(size_bytes, MIN_BYTES) >> 20) << 20
 
 
 def open_volume(volume: Volume) -> int:

@@ -269,7 +269,7 @@ class GuestProcess:
 
     def _insist(self) -> None:
         if self.exit is None:
-            self._link.fail("the guest did not end its workload after SIGKILL")
+            self._link.stuck("the guest did not end its workload after SIGKILL")
 
     def resize(self, rows: int, columns: int) -> None:
         if not self._terminal:

@@ -48,6 +48,7 @@ class Hardware(NamedTuple):
     disk_flushes: whether a flush in the guest is one on the host, which nobody needs of a disk that is removed at the end.
     tracing: whether somebody in the guest could look into tracefs.
     tsc_khz: the host's rate. words: further ones of the kernel's command line.
+    hotplug_bytes: what the guest may get beyond memory_bytes while it runs, of a VMM that can do it.
     memory: where it is not the VMM's own. blank: it becomes a template: disks, volumes and NICs are there for the guest,
     with nothing behind them, and their descriptors are not to be touched.
     """
@@ -70,6 +71,7 @@ class Hardware(NamedTuple):
     volumes: tuple[Volume, ...] = ()
     tracing: bool = True
     words: tuple[str, ...] = ()
+    hotplug_bytes: int = 0
     memory: Memory | None = None
     blank: bool = False
 

@@ -21,7 +21,6 @@ from hyper.vm.monitor import TEMPLATE, Monitor, end
 from hyper.vm.restoring import Restoring
 from hyper.vm.saving import Line
 
-DISK_FILE = "disk.img"  # in the upper directory
 TEMPLATES = "disks"  # below the guest directory
 MAX_TASKS = 512  # threads of a VMM and virtiofsd
 
@@ -129,6 +128,7 @@ def _hardware(
         kvm=host.kvm,
         vcpus=shape.vcpus,
         memory_bytes=shape.memory_bytes,
+        hotplug_bytes=max(0, _host_memory() - shape.memory_bytes),
         tsc_khz=host.tsc_khz,
         tracing=translate.may_mount(plan),
         kernel=handles.add(_open_public(files.kernel)),
@@ -152,6 +152,11 @@ def _hardware(
     return machine
 
 
+def _host_memory() -> int:
+    """What this host has, in whole GiB: the most that makes sense for one guest."""
+    return max(1 << 30, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") & -(1 << 30))
+
+
 def _open_public(path: Path) -> int:
     """Open a file that a VMM may open again by itself (QEMU does), as a user with no rights."""
     try:
@@ -165,7 +170,7 @@ def _open_public(path: Path) -> int:
 
 
 def _with_disks(machine: Hardware, plan: LaunchPlan, rootfs: Layers, handles: Handles, copies: dict[str, int]) -> Hardware:
-    fd = copies["disk"] if "disk" in copies else handles.add(_open_disk(plan, rootfs.upper / DISK_FILE))
+    fd = copies["disk"] if "disk" in copies else handles.add(_open_disk(plan, rootfs.upper / disk.FILE))
     machine = machine._replace(disk=fd, disk_flushes=not translate.disposable(plan))
     if not rootfs.lowers:
         return machine

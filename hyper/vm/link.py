@@ -44,6 +44,9 @@ class Host(Protocol):
 
     def log(self, text: str) -> None: ...
 
+    def stuck(self, reason: str) -> None:
+        """The agent answers no more: end the link with `reason`, but not before the guest's kernel had its chance."""
+
 
 class Answer:
     """A place for the answer of one request; `message` is None until it has come, then `done` is called with it."""
@@ -207,6 +210,11 @@ class Link:
         self.ended = reason
         self._loop.unwatch(self._socket.fileno())
         self._host.lost(reason)
+
+    def stuck(self, reason: str) -> None:
+        """End a link whose agent does not answer, soon."""
+        if not self.ended:
+            self._host.stuck(reason)
 
     def close(self) -> None:
         self.ended = self.ended or "the VM was removed"

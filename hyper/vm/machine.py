@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from ambi.core.deadline import Deadline
-from ambi.core.errors import AmbiError, Conflict, Corrupt, Unavailable
+from ambi.core.errors import AmbiError, Conflict, Corrupt, Unavailable, Unsupported
 from ambi.core.loop import POLLIN, Loop
 from ambi.core.model import Status, Usage
-from ambi.core.plan import LaunchPlan
+from ambi.core.plan import LaunchPlan, Layers
 from hyper import translate
 from hyper.guest.protocol import INIT_ID, VERSION, HelloTag, Items, Message, NetTag, Type
-from hyper.vm import live, saving, snapshots, tree
+from hyper.vm import disk, live, saving, snapshots, tree
 from hyper.vm.attach import Attachments, Home
 from hyper.vm.cgroup import Cgroup
 from hyper.vm.console import Console
@@ -26,10 +26,14 @@ from hyper.vm.nic import Network, device_mac
 from hyper.vm.restoring import Restoring
 from hyper.vm.saving import Line
 from hyper.vm.share import Server
+from hyper.vm.sizes import Sizes
 from hyper.vm.tree import Look, TreeDone
 
 VMM_DIED = 137  # the exit code of every process of a VM whose VMM ended
 POWER_OFF_S = 10.0
+# Keys of SysRq, each with the seconds that it has: sync, read-only, off. The kernel does not tell when it is done, and QEMU
+# loses a key that comes while it has not taken the one before.
+SYSRQ = (("s", 0.5), ("u", 1.0), ("o", 5.0))
 LOOK_GRACE_S = 3.0  # a copy that is nearly done when the workload ends is finished
 ANSWER_S = 5.0  # for figures; a busy guest may be slow to answer, and the last ones then stand
 MAX_EXECS = 1024
@@ -43,7 +47,13 @@ class Parts:
     __slots__ = ("cgroup", "console", "host_mounts", "line", "monitor", "network", "servers")
 
     def __init__(
-        self, monitor: Monitor, console: Console, cgroup: Cgroup, servers: list[Server], network: Network | None, line: Line,
+        self,
+        monitor: Monitor,
+        console: Console,
+        cgroup: Cgroup,
+        servers: list[Server],
+        network: Network | None,
+        line: Line,
         host_mounts: int | None,
     ) -> None:
         self.monitor = monitor
@@ -74,6 +84,7 @@ class VirtualMachine:
         loop.watch(parts.monitor.child.pidfd, POLLIN, self._vmm_ended)
         terminal = bool(plan.config["process"].get("terminal"))
         self.init = GuestProcess(loop, self._link, INIT_ID, terminal=terminal, stdin=plan.stdin)
+        self._sizes = Sizes(parts.monitor, parts.cgroup, self._link, translate.shape(plan).vcpus)
         home = Home(plan.run_dir, parts.cgroup, parts.host_mounts)
         self._attachments = Attachments(home, parts.monitor, self._link, parts.servers)
         self._restoring = restoring
@@ -96,6 +107,9 @@ class VirtualMachine:
                 raise Corrupt("the guest's agent speaks another protocol", hint="build it again: `python -m hyper.guest`")
             for request in (*nics, setup):
                 self._link.wait(request, by, "the guest's agent")
+            path = self._disk()
+            if path is not None and disk.has_room(path):
+                self._sizes.fill_disk(path.stat().st_size, by)
         except Unavailable as error:
             raise self._explained(error) from error
 
@@ -210,14 +224,39 @@ class VirtualMachine:
             self._link.wait(self._link.request(Type.THAW), by, "the guest's agent")
             self._paused = False
 
-    def update(self, resources: dict[str, Any], by: Deadline) -> None:
+    def update(self, resources: dict[str, Any], by: Deadline) -> list[str]:
         self._check_alive()
-        plan = live.updated(self._plan, resources)
+        plan = live.updated(self._plan, resources, self._parts.monitor.hotplug_bytes)
         items = live.limits(plan, resources)
-        if items:
-            self._link.wait(self._link.request(Type.LIMITS, items), by, "the guest's agent")
-        self._parts.cgroup.limit(translate.cpu_limits(plan))
+        before = self._sizes.more
+        more = live.more_memory(plan) if "memory" in resources and self._parts.monitor.hotplug_bytes else before
+        if "cpu" in resources:
+            self._sizes.set_cpus(live.cpus(plan), by)
+        if more > before:
+            self._sizes.grow_memory(more, by)
+        try:
+            if items:
+                self._link.wait(self._link.request(Type.LIMITS, items), by, "the guest's agent")
+            self._parts.cgroup.limit(translate.cpu_limits(plan))
+        except BaseException:
+            if more > before:
+                self._sizes.shrink_memory(before, Deadline.after(ANSWER_S))
+            raise
         self._plan = plan
+        left = self._sizes.shrink_memory(more, by) if more < before else 0
+        return [f"{left >> 20} MiB of the guest's memory are in use and come back later; the limit holds"] if left else []
+
+    def grow(self, disk_bytes: int, by: Deadline) -> None:
+        """See ambi.core.driver.Growable."""
+        self._check_alive()
+        path = self._disk()
+        if path is None:
+            raise Unsupported("the root of this virtual machine is a directory of the host, which has no size")
+        self._sizes.grow_disk(path, disk_bytes, by)
+
+    def _disk(self) -> Path | None:
+        rootfs = self._plan.rootfs
+        return rootfs.upper / disk.FILE if isinstance(rootfs, Layers) else None
 
     def save(self, home: Path, notes: dict[str, str], by: Deadline) -> dict[str, Any]:
         """See ambi.core.driver.Saving."""
@@ -306,7 +345,7 @@ class VirtualMachine:
             return self._usage
         numbers = [fields.number(tag) for tag in range(1, 8)]
         cpu, user, system, used, cache, pids, kills = numbers
-        limit = translate.memory_limit(self._plan)
+        limit = translate.memory_limit(self._plan, self._sizes.more)
         self._usage = Usage(cpu, user, system, used, cache, limit, pids, kills, read, written)
         return self._usage
 
@@ -328,6 +367,24 @@ class VirtualMachine:
     def log(self, text: str) -> None:
         """A line of the agent's own."""
         self._parts.console.note(b"agent: " + text.encode("utf-8", "replace")[:1000] + b"\n")
+
+    def stuck(self, reason: str) -> None:
+        """The agent does not answer: the kernel is asked to write its disk and to power off, and then its VMM is killed."""
+        if self._link.ended or translate.disposable(self._plan):
+            self._link.fail(reason)
+            return
+        at = 0.0
+        for key, seconds in SYSRQ:
+            self._loop.later(at, lambda key=key: self._press(key))  # type: ignore[misc]
+            at += seconds
+        self._loop.later(at, lambda: self._link.fail(reason))
+
+    def _press(self, key: str) -> None:
+        try:
+            if not self._link.ended:
+                self._parts.monitor.sysrq(key, self._parts.console.write, Deadline.after(ANSWER_S))
+        except AmbiError:  # the VMM has ended, or does so when the time is over
+            pass
 
     def _vmm_ended(self, _: int) -> None:
         self._link.drain()
@@ -371,10 +428,19 @@ class VirtualMachine:
 
     def _power_off(self, by: Deadline) -> None:
         self._link.tell(Type.POWER_OFF, 0)
+        if self._ended(by):
+            return
+        for key, seconds in SYSRQ:
+            self._press(key)
+            if self._ended(Deadline.after(seconds)):
+                return
+
+    def _ended(self, by: Deadline) -> bool:
         try:
             self._link.wait_for_end(by)
         except AmbiError:
-            pass  # it did not flush its disk in time, and is killed
+            return False
+        return True
 
     def abandon(self) -> None:
         """Undo `create`: nobody has taken the streams of init."""

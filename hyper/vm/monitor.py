@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 from ambi.core.deadline import Deadline
@@ -14,6 +15,7 @@ class Monitor(Protocol):
     """One running VMM. It is not trusted: answers are checked, and every wait has an end."""
 
     origin: str  # BOOT, TEMPLATE or SNAPSHOT
+    hotplug_bytes: int  # how much more memory the guest can get than it began with
 
     @property
     def child(self) -> Child: ...
@@ -24,6 +26,18 @@ class Monitor(Protocol):
     def inspect(self, by: Deadline) -> dict[str, Any]:
         """What `inspect` shows of a running VM: {"vmm": name, "accelerator": name, "started": origin, ...} with
         the back-end's own figures."""
+
+    def resize_memory(self, more_bytes: int, by: Deadline) -> int:
+        """Ask the guest to use so much beyond what it began with; how much it uses now, which follows when it likes."""
+
+    def memory_plugged(self, by: Deadline) -> int:
+        """How much the guest uses beyond what it began with."""
+
+    def resize_disk(self, serial: str, size_bytes: int, by: Deadline) -> None:
+        """Tell the guest that the file behind the disk `serial` has become longer."""
+
+    def sysrq(self, key: str, write: Callable[[bytes], None], by: Deadline) -> None:
+        """Have the guest's kernel obey a key of SysRq. write: to the serial port, for a VMM that takes keys there."""
 
     def plug_disk(self, serial: str, fd: int, by: Deadline, *, readonly: bool) -> int:
         """One more disk, of the file `fd`, which stays the caller's: the slot that it is in. Its driver is not bound yet.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+from collections.abc import Callable
 from typing import Any
 
 from ambi.core import errors
@@ -20,14 +21,15 @@ STRANGE = "the monitor's answer is damaged"
 class VmmMonitor:
     """Owns the control socket and the child. One request at a time."""
 
-    __slots__ = ("_cause", "_last", "_socket", "child", "origin")
+    __slots__ = ("_cause", "_last", "_socket", "child", "hotplug_bytes", "origin")
 
-    def __init__(self, child: Child, sock: socket.socket, *, origin: str = BOOT) -> None:
+    def __init__(self, child: Child, sock: socket.socket, *, origin: str = BOOT, hotplug_bytes: int = 0) -> None:
         self.child = child
         self._socket = sock
         self._last = 0
         self._cause = ""
         self.origin = origin
+        self.hotplug_bytes = hotplug_bytes
 
     def block_bytes(self, by: Deadline) -> tuple[int, int]:
         figures = self.call("figures", by)
@@ -36,6 +38,19 @@ class VmmMonitor:
     def inspect(self, by: Deadline) -> dict[str, Any]:
         figures = self.call("figures", by)
         return {"vmm": "ambi", "accelerator": "kvm", "started": self.origin, **figures}
+
+    def resize_memory(self, more_bytes: int, by: Deadline) -> int:
+        return number(self.call("memory", by, bytes=more_bytes).get("plugged"))
+
+    def memory_plugged(self, by: Deadline) -> int:
+        return number(self.call("memory", by).get("plugged"))
+
+    def resize_disk(self, serial: str, size_bytes: int, by: Deadline) -> None:
+        if number(self.call("resize", by, serial=serial).get("bytes")) < size_bytes:
+            raise Unavailable(STRANGE)
+
+    def sysrq(self, key: str, write: Callable[[bytes], None], by: Deadline) -> None:
+        self.call("sysrq", by, key=key)
 
     def plug_disk(self, serial: str, fd: int, by: Deadline, *, readonly: bool) -> int:
         return number(self.call("plug", by, (fd,), kind="disk", serial=serial, readonly=readonly).get("slot"))

@@ -15,7 +15,7 @@ from hyper.vm.hardware import Hardware, Memory
 from hyper.vm.monitor import BOOT, SNAPSHOT, TEMPLATE
 from hyper.vmm import main
 from hyper.vmm.config import Config, Disk, Extent, Nic, Share, check, slots_of
-from hyper.vmm.layout import SLOTS
+from hyper.vmm.layout import SLOTS, hotplug
 from hyper.vmm.monitor import VmmMonitor
 
 SPARES = 4  # slots for file trees and disks, now or later, where a machine has room for them
@@ -47,7 +47,9 @@ def start(hardware: Hardware, place: Place, *, state: int = -1, chain: tuple[tup
         raise
     finally:
         theirs.close()  # from here on a monitor that ends is the end of the socket
-    return VmmMonitor(child, control, origin=SNAPSHOT if chain else TEMPLATE if state >= 0 else BOOT)
+    region = hotplug(config.memory_bytes, config.hotplug_bytes)
+    origin = SNAPSHOT if chain else TEMPLATE if state >= 0 else BOOT
+    return VmmMonitor(child, control, origin=origin, hotplug_bytes=region.size if region else 0)
 
 
 def configure(hardware: Hardware, kvm: int) -> Config:
@@ -71,6 +73,7 @@ def configure(hardware: Hardware, kvm: int) -> Config:
         cmdline=words.command_line(hardware),
         vcpus=hardware.vcpus,
         memory_bytes=hardware.memory_bytes,
+        hotplug_bytes=hardware.hotplug_bytes,
         memory=-1 if memory is None else memory.fd,
         memory_shared=memory is None or memory.shared,
         console=hardware.console,

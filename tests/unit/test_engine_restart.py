@@ -141,3 +141,24 @@ def test_block_figures_of_both_versions(tmp_path: Path) -> None:
     (tmp_path / "x" / "blkio.throttle.io_service_bytes_recursive").write_text(text)
     usage = V1Group(Hierarchies((Hierarchy(str(tmp_path), ("blkio",)),), ""), PurePosixPath("/x")).usage()
     assert (usage.block_read_bytes, usage.block_write_bytes) == (11, 2)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "size"),
+    [({}, {}, 0), ({"size": "20g"}, {"size": "20g"}, 0), ({}, {"size": "20g"}, 20 << 30), ({}, {"size": "10g"}, 0)],
+)
+def test_the_disk_of_a_vm_grows(old: dict[str, str], new: dict[str, str], size: int) -> None:
+    host = {"Runtime": "vm"}
+    assert update.disk_bytes({**host, "StorageOpt": old}, {**host, "StorageOpt": new}) == size
+
+
+def test_a_disk_that_cannot_change() -> None:
+    for old, new, text in (
+        ({"Runtime": "vm"}, "9g", "cannot shrink from 10240 MiB to 9216 MiB"),
+        ({"Runtime": "vm", "StorageOpt": {"size": "3g"}}, "2g", "cannot shrink from 3072 MiB to 2048 MiB"),
+        ({"Runtime": "vm"}, "much", "invalid size"),
+        ({}, "20g", "cannot be changed for a container"),
+    ):
+        with pytest.raises(InvalidRequest, match=text) as caught:
+            update.disk_bytes(old, {**old, "StorageOpt": {"size": new}})
+        assert caught.value.hint

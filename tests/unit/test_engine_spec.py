@@ -213,7 +213,7 @@ def test_a_missing_source_is_made_for_a_volume_and_for_nothing_else(tmp_path: Pa
     [
         ({}, 1, 256 << 20),
         ({"Memory": 64 << 20}, 1, 256 << 20),
-        ({"Memory": 512 << 20, "NanoCpus": 1_500_000_000}, 2, (512 << 20) + resources.GUEST_OVERHEAD),
+        ({"Memory": 512 << 20, "NanoCpus": 1_500_000_000}, 2, (512 << 20) + resources.GUEST_OVERHEAD_BYTES),
     ],
 )
 def test_the_shape_of_a_vm(host: dict[str, Any], vcpus: int, memory: int) -> None:

@@ -13,7 +13,7 @@ from ambi.core.plan import LaunchPlan, Layers
 from hyper.guest.protocol import SetupTag
 from hyper.qemu import argv, monitor
 from hyper.vm import live
-from hyper.vm.hardware import Hardware, Nic, Volume
+from hyper.vm.hardware import Hardware, Memory, Nic, Volume
 from tests.driverkit import oci_config
 
 
@@ -42,7 +42,7 @@ def test_a_change_is_merged_and_only_it_is_told() -> None:
 @pytest.mark.parametrize(
     ("change", "kind", "named"),
     [
-        ({"memory": {"limit": 257 << 20}}, Unsupported, "256 MiB, cannot become 257 MiB"),
+        ({"memory": {"limit": 257 << 20}}, Unsupported, "256 MiB, cannot become 257 MiB: its monitor"),
         ({"cpu": {"quota": 200_001}}, Unsupported, "2 CPUs"),
         ({"cpu": {"cpus": "0-1"}}, Unsupported, "cpu.cpus"),
         ({"memory": {"reservation": 1}}, Unsupported, "memory.reservation"),
@@ -53,6 +53,25 @@ def test_a_change_is_merged_and_only_it_is_told() -> None:
 def test_what_cannot_change_is_named(change: dict[str, Any], kind: type[Exception], named: str) -> None:
     with pytest.raises(kind, match=named):
         live.updated(plan_of(), change)
+
+
+def test_more_memory_is_what_the_limit_needs_beyond_the_boot() -> None:
+    most = 1 << 30
+    for limit, more in ((100, 0), (160, 0), (161, 4), (200, 44), (416, 260)):
+        change = {"memory": {"limit": limit << 20}}
+        changed = live.updated(plan_of(), change, most)
+        assert live.more_memory(changed) == more << 20, limit
+        assert live.limits(changed, change) == [(SetupTag.MEMORY, limit << 20)]
+    with pytest.raises(Unsupported, match="began with 256 MiB cannot become 1200 MiB: 1184 MiB are the most"):
+        live.updated(plan_of(), {"memory": {"limit": 1200 << 20}}, most)
+    assert live.more_memory(plan_of()) == 0
+    assert live.updated(plan_of(memory={"limit": 4 << 30}), {"pids": {"limit": 3}}, most)
+
+
+def test_cpus_on_line_are_those_that_the_quota_needs() -> None:
+    for cpu, count in (({}, 2), ({"quota": -1}, 2), ({"quota": 1}, 1), ({"quota": 100_000}, 1), ({"quota": 100_001}, 2),
+                       ({"quota": 50_000, "period": 20_000}, 2)):  # fmt: skip
+        assert live.cpus(plan_of(cpu=cpu)) == count
 
 
 @pytest.mark.parametrize(
@@ -76,6 +95,9 @@ def test_network_devices_and_volumes_are_inherited_by_number() -> None:
     )  # fmt: skip
     assert {10, 11, 12, 13} <= set(machine.fds)
     words = argv.build("qemu", machine)
+    assert "virtio-balloon-device,free-page-reporting=on" in words
+    copy = argv.build("qemu", machine._replace(memory=Memory(20, shared=False)))
+    assert not any("balloon" in word for word in copy), "QEMU cannot give pages of a file back that it may not change"
     assert "tap,id=nic0,fd=10,vhost=on,vhostfd=11" in words and "tap,id=nic1,fd=12,vhost=off" in words
     assert "virtio-net-device,netdev=nic1,mac=02:00:00:00:00:02" in words
     assert "virtio-blk-device,drive=volume3,serial=volume3" in words

@@ -220,10 +220,28 @@ def test_disk_is_a_clean_file_system_that_stays(tmp_path: Path) -> None:
     disk.ensure(path, 300_000_001, tmp_path / "templates")
     assert path.stat().st_size == 287 << 20  # rounded up to MiB
     subprocess.run(["/sbin/e2fsck", "-fn", path], check=True, capture_output=True)
-    path.write_bytes(b"mine")
+    with open(path, "r+b") as file:
+        file.write(b"mine")
     disk.ensure(path, 300_000_001, tmp_path / "templates")
-    assert path.read_bytes() == b"mine"
+    disk.ensure(path, 1, tmp_path / "templates")
+    assert path.read_bytes()[:4] == b"mine" and path.stat().st_size == 287 << 20
     assert len(list((tmp_path / "templates").iterdir())) == 1
+
+
+def test_a_disk_grows_and_never_shrinks(tmp_path: Path) -> None:
+    path = tmp_path / "disk.img"
+    disk.ensure(path, 100 << 20, tmp_path / "templates")
+    assert not disk.has_room(path)
+    assert disk.grow(path, 200_000_000) == 191 << 20 and disk.has_room(path)
+    disk.ensure(path, 300 << 20, tmp_path / "templates")
+    assert path.stat().st_size == 300 << 20
+    with pytest.raises(InvalidRequest, match="from 300 MiB to 299 MiB"):
+        disk.grow(path, 299 << 20)
+    subprocess.run(["/sbin/resize2fs", path], check=True, capture_output=True)
+    assert not disk.has_room(path)
+    for forged in (b"", bytes(2048), b"\xff" * 4096):
+        path.write_bytes(forged)
+        assert disk.has_room(path) is (forged == bytes(2048))
 
 
 # Limits
