@@ -77,10 +77,10 @@ class Config(NamedTuple):
     disks: tuple[Disk, ...] = ()
     nics: tuple[Nic, ...] = ()
     shares: tuple[Share, ...] = ()
-    spares: int = 0
-    name: str = ""
     hotplug_bytes: int = 0
     vsock: Vsock | None = None
+    spares: int = 0
+    name: str = ""
 
 
 def check(config: Config) -> None:

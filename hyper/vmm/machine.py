@@ -366,9 +366,7 @@ class Machine:
 
     def counters(self) -> dict[str, dict[str, int]]:
         """Of each device, by its name and slot: `console0`."""
-        return {
-            f"{t.device.name}{slot}": t.counters() for slot, t in enumerate(self.transports) if slot not in self._vacant
-        }
+        return {f"{t.device.name}{slot}": t.counters() for slot, t in enumerate(self.transports) if slot not in self._vacant}
 
     def kernel_stats(self) -> dict[str, int]:
         """The kernel's own counters of the VM and all its vCPUs; empty where the kernel has none."""

@@ -73,10 +73,10 @@ def _control(machine: Machine, loop: Loop) -> Control | None:
         return None
     verbs = {
         "figures": lambda *_: figures(machine),
-        "pause": lambda *_: _pause(machine),
         "memory": lambda request, _: _memory(machine, request),
         "resize": lambda request, _: {"bytes": machine.resize_disk(str(request.get("serial")))},
         "sysrq": lambda request, _: _sysrq(machine, request),
+        "pause": lambda *_: _pause(machine),
         "resume": lambda *_: _resume(machine),
         "plug": lambda request, fds: plugging.plug(machine, request, fds),
         "unplug": lambda request, _: plugging.unplug(machine, request),
