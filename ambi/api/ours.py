@@ -7,6 +7,8 @@ POST /ambi/images/bootstrap?suite=&name=&packages=  progress; the last line is {
 POST /ambi/images/verify?repair=                    progress, and {"finding": {kind, name, problem, images, repaired, hint}}
 POST /ambi/images/copy?from=&to=                    an archive is the body or the answer; see `images.copy`
 GET  /ambi/images/sbom?name=&format=                the document itself, `spdx` (default) or `cyclonedx`
+POST /ambi/instances/ID/mounts                      {"Volume": SOURCE:TARGET[:MODE]}: 204; for the rest of the run
+DELETE /ambi/instances/ID/mounts?target=&force=     204
 """
 
 from __future__ import annotations
@@ -76,6 +78,22 @@ def bill_of_materials(call: Call) -> Reply:
     return Reply(200, data, JSON_HEADERS)
 
 
+def attach_volume(call: Call) -> Reply:
+    volume = call.json_body().get("Volume")
+    if not isinstance(volume, str) or not volume:
+        raise InvalidRequest("Volume must be SOURCE:TARGET[:MODE]", hint='for example {"Volume": "/srv/data:/data:ro"}')
+    call.engine.attach_volume(call.name, volume)
+    return NO_CONTENT
+
+
+def detach_volume(call: Call) -> Reply:
+    target = call.query.text("target")
+    if not target:
+        raise InvalidRequest("target must be a path inside", hint="for example target=/data")
+    call.engine.detach_volume(call.name, target, force=call.query.flag("force"))
+    return NO_CONTENT
+
+
 ROUTES = (
     Route("GET", "/ambi/engine", engine),
     Route("POST", "/ambi/engine/stop", stop_engine),
@@ -83,4 +101,6 @@ ROUTES = (
     Route("POST", "/ambi/images/bootstrap", bootstrap),
     Route("POST", "/ambi/images/verify", verify),
     Route("GET", "/ambi/images/sbom", bill_of_materials),
+    Route("POST", "/ambi/instances/{}/mounts", attach_volume),
+    Route("DELETE", "/ambi/instances/{}/mounts", detach_volume),
 )

@@ -20,7 +20,7 @@ from pathlib import Path
 from ambi.core.errors import AmbiError, InvalidRequest, Unavailable
 from ambi.core.model import ExecId, ExitStatus, Status
 from ambi.core.plan import LaunchPlan
-from ambi.engine import diskquota, lifecycle, mounts, pausing, snapshots
+from ambi.engine import diskquota, lifecycle, livemounts, mounts, pausing, snapshots
 from ambi.engine.core import KILLED_WITH_SHIM, OTHER_BOOT, Core
 from ambi.engine.create import RECORD_FILE, UPPER, read_record
 from ambi.engine.records import ExecRecord, Record, Run
@@ -145,6 +145,7 @@ def _take_over(core: Core, record: Record, run: Run) -> None:
                 status=Status.RUNNING, pid=int(state["pid"]), exit_code=0, error="", finished_ns=0, started_ns=time.time_ns()
             )
             core.set_state(record, started)
+        livemounts.adopted(run, state.get("mounts"))
         pausing.found(core, record, Status(state["status"]))
         run.started = True
         for exec_id, about in (state.get("execs") or {}).items():

@@ -26,6 +26,7 @@ from ambi.engine import (
     doctor,
     execs,
     lifecycle,
+    livemounts,
     logs,
     pausing,
     query,
@@ -258,6 +259,17 @@ class Engine:
     def restore(self, id: str, name: str, *, force: bool = False) -> None:
         """Start it where it stood when `name` was saved. force: one that runs is killed first."""
         snapshots.restore(self._core, id, name, force=force)
+
+    def attach_volume(self, id: str, volume: str) -> None:
+        """Mount `volume`, SOURCE:TARGET[:MODE] as `-v` has it, in a running instance, until it is detached or the run ends.
+
+        Raises NotFound, InvalidRequest, Conflict, Unsupported; nothing is mounted then.
+        """
+        livemounts.attach(self._core, id, volume)
+
+    def detach_volume(self, id: str, target: str, *, force: bool = False) -> None:
+        """Unmount it. force: also while it is in use. Raises NotFound, InvalidRequest, Conflict."""
+        livemounts.detach(self._core, id, target, force=force)
 
     def update(self, id: str, changes: dict[str, Any]) -> Sequence[str]:
         """Change limits and the restart policy, now and for later runs; returns warnings.

@@ -60,12 +60,17 @@ def _target(path: str, what: str) -> str:
             f"invalid mount config for '{what}': mount path must be absolute: '{path}'",
             hint="the path inside begins with `/`, for example -v /srv:/data",
         )
-    clean = posixpath.normpath("/" + path.lstrip("/"))
+    clean = clean_target(path)
     if clean == "/":
         raise InvalidRequest(
             f"invalid mount config for '{what}': destination can't be '/'", hint="mount below the root, for example at /data"
         )
     return clean
+
+
+def clean_target(path: str) -> str:
+    """An absolute path inside as it is kept."""
+    return posixpath.normpath("/" + path.lstrip("/"))
 
 
 def _volume(text: str, driver: str) -> Point | VolumeAsk:

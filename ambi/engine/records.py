@@ -11,7 +11,7 @@ from ambi.core.model import ExecId, ExitStatus, InstanceId
 from ambi.core.roots import Roots
 from ambi.engine import logopts
 from ambi.engine.endpoints import asked_for
-from ambi.engine.mountpoints import points_of
+from ambi.engine.mountpoints import Point, points_of
 from ambi.engine.netstate import NetState
 from ambi.engine.request import argv_of
 from ambi.engine.state import Row
@@ -30,9 +30,10 @@ class Run:
     ended, known before `gone`. recorded: so is its end. gone: the connection has ended, and what the kernel held of the
     instance is free. looks: how often somebody has looked into the root by a shim that runs nothing. files: what has been
     written anew of the small files of its plan, by path; None while that is not known, of a run of an earlier engine.
+    mounts: what was attached while it ran, by target.
     """
 
-    __slots__ = ("connection", "exit", "failed", "files", "gone", "looks", "recorded", "started", "starting")
+    __slots__ = ("connection", "exit", "failed", "files", "gone", "looks", "mounts", "recorded", "started", "starting")
 
     connection: ShimConnection
 
@@ -40,6 +41,7 @@ class Run:
         self.failed = False
         self.files: dict[str, str] | None = {}
         self.looks = 0
+        self.mounts: dict[str, Point] = {}
         self.recorded = False
         self.starting = False
         self.started = False
@@ -111,6 +113,11 @@ class Record:
     def auto_remove(self) -> bool:
         return bool(self.row.spec.host.get("AutoRemove"))
 
+    def attached(self) -> tuple[Point, ...]:
+        """The mounts that it has for this run alone."""
+        run = self.run
+        return tuple(run.mounts.values()) if run is not None else ()
+
     def snapshot(self, roots: Roots) -> Instance:
         row = self.row
         data = roots.instance_data(row.id)
@@ -131,7 +138,7 @@ class Record:
             run_dir=roots.instance_run(row.id),
             health=self.health,
             net=self.net if self.net is not None else NetState(asked_for(row.spec)),
-            mounts=points_of(row.mounts),
+            mounts=(*points_of(row.mounts), *self.attached()),
             log_path=logopts.log_path(row.spec.host, data, row.id),
         )
 

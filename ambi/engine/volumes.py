@@ -1,7 +1,7 @@
 """The volumes of an engine: records, life cycle, who uses them, events.
 
-A volume is used by the instances whose mount points name it, running or not, and by a create that is on its way. Nothing
-else is counted, so nothing can be wrong after a death.
+A volume is used by the instances whose mount points name it, running or not, by those that have it attached, and by a create
+that is on its way. Nothing else is counted, so nothing can be wrong after a death.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class Volumes:
         return local.used_bytes(self._core.roots.volumes, volume.name)
 
     def users(self, name: str) -> list[Record]:
-        return [record for record in self._core.registry if any(m["name"] == name for m in record.row.mounts)]
+        return [record for record in self._core.registry if name in _names_of(record)]
 
     def create(
         self,
@@ -227,16 +227,24 @@ class Volumes:
         """Raises Conflict when a disk of it is another running instance's, and for a source that must be there."""
         points = points_of(record.row.mounts)
         for point in points:
-            if point.what != "ambi.disk":
-                continue
-            for other in self.users(point.name):
-                if other is not record and other.state.running:
-                    raise Conflict(
-                        f"volume {point.name} is a disk and in use by {other.name}: one virtual machine at a time",
-                        hint=f"ambi stop {other.name}",
-                    )
+            self._check_disk(point, [other for other in self.users(point.name) if other is not record])
         mounts.make_sources(points)
         mounts.check_propagation(points)
+
+    @staticmethod
+    def _check_disk(point: Point, others: list[Record]) -> None:
+        for other in others if point.what == "ambi.disk" else ():
+            if other.state.running:
+                raise Conflict(
+                    f"volume {point.name} is a disk and in use by {other.name}: one virtual machine at a time",
+                    hint=f"ambi stop {other.name}",
+                )
+
+    def check_attach(self, record: Record, point: Point) -> None:
+        """The same of one that `record`, which runs, is to get."""
+        self._check_disk(point, self.users(point.name))
+        mounts.make_sources((point,))
+        mounts.check_propagation((point,))
 
     def settled(self) -> None:
         """It is known what runs: nothing else stays mounted."""
@@ -251,27 +259,51 @@ class Volumes:
 
     def _of(self, record: Record) -> set[str]:
         """Its volumes that are to be mounted."""
-        names = {point.name for point in points_of(record.row.mounts) if point.name and point.what == "bind"}
+        return self._kept_mounted((*points_of(record.row.mounts), *record.attached()))
+
+    def _kept_mounted(self, points: Iterable[Point]) -> set[str]:
+        names = {point.name for point in points if point.name and point.what == "bind"}
         with self._lock:
             return {name for name in names if name in self._volumes and self._volumes[name].kind in KINDS}
 
+    def hold_one(self, record: Record, point: Point) -> None:
+        """As `hold`, of a mount that `record` is about to get."""
+        for name in self._kept_mounted((point,)):
+            self._mounts.hold(name, self.find(name).options or {}, record.id)
+
+    def let_go(self, record: Record, point: Point) -> None:
+        """`record` does not have `point` any more; another of its mounts may be of the same volume."""
+        for name in self._kept_mounted((point,)) - self._of(record):
+            self._mounts.release(name, record.id)
+
     def mounted(self, record: Record) -> None:
         for point in points_of(record.row.mounts):
-            if point.name:
-                self._publish(
-                    point.name, "mount", container=record.id, destination=point.target, propagation=point.propagation,
-                    **{"read/write": "false" if point.readonly else "true"},
-                )  # fmt: skip
+            self.tell_mounted(record, point)
+
+    def tell_mounted(self, record: Record, point: Point) -> None:
+        if point.name:
+            self._publish(
+                point.name, "mount", container=record.id, destination=point.target, propagation=point.propagation,
+                **{"read/write": "false" if point.readonly else "true"},
+            )  # fmt: skip
 
     def unmounted(self, record: Record) -> None:
         for name in self._of(record):
             self._mounts.release(name, record.id)
-        for point in points_of(record.row.mounts):
-            if point.name:
-                self._publish(point.name, "unmount", container=record.id)
+        for point in (*points_of(record.row.mounts), *record.attached()):
+            self.tell_unmounted(record, point)
+
+    def tell_unmounted(self, record: Record, point: Point) -> None:
+        if point.name:
+            self._publish(point.name, "unmount", container=record.id)
 
     def _publish(self, name: str, action: str, **own: str) -> None:
         self._core.bus.publish("volume", action, name, attributes_of(None, driver=local.DRIVER, **own))
+
+
+def _names_of(record: Record) -> set[str]:
+    """The volumes that it names, and those that it has for this run."""
+    return {str(m["name"]) for m in record.row.mounts} | {point.name for point in record.attached()}
 
 
 def anonymous_of(row: Row) -> list[str]:

@@ -6,11 +6,11 @@ from typing import Any
 
 import click
 
-from ambi.cli import complete, flags, pruning
+from ambi.cli import complete, flags, mounts, pruning
 from ambi.cli.app import App, DockerCommand, each, pass_app
 from ambi.cli.commands.inspect import show
 from ambi.cli.filters import filter_query
-from ambi.cli.names import on, volume_names
+from ambi.cli.names import looked_up, on, volume_names
 from ambi.cli.table import Columns
 from ambi.cli.values import key_values
 from ambi.client.client import path_of
@@ -108,6 +108,38 @@ def remove(app: App, names: tuple[str, ...], force: bool) -> None:
         click.echo(name)
 
     each(names, act)
+
+
+@volume.command("attach", cls=DockerCommand)
+@click.argument("instance", metavar="INSTANCE", shell_complete=complete.running)
+@click.argument("what", metavar="SOURCE:TARGET[:ro]")
+@pass_app
+def attach(app: App, instance: str, what: str) -> None:
+    """Mount a volume or a path of the host in a running instance.
+
+    It has it until it is detached or stops. SOURCE and what may follow TARGET are those of `run -v`.
+    """
+    anonymous: dict[str, object] = {}
+    volumes = mounts.binds((what,), anonymous)
+    if anonymous:
+        raise InvalidRequest(
+            f"'{what}' does not say where it goes", hint=f"as in ambi volume attach {instance} {what}:/data"
+        )
+    with looked_up(app, instance):
+        app.client.post(path_of("ambi", "instances", instance, "mounts"), None, {"Volume": volumes[0]})
+
+
+@volume.command("detach", cls=DockerCommand)
+@flags.switch("-f", "--force", help="Also while it is in use: who uses it has it until he lets go.")
+@click.argument("instance", metavar="INSTANCE", shell_complete=complete.running)
+@click.argument("target", metavar="TARGET")
+@pass_app
+def detach(app: App, instance: str, target: str, force: bool) -> None:
+    """Take away what was attached at TARGET of a running instance."""
+    with looked_up(app, instance):
+        app.client.delete(
+            path_of("ambi", "instances", instance, "mounts"), {"target": target} | ({"force": "1"} if force else {})
+        )
 
 
 @volume.command("prune", cls=DockerCommand)
