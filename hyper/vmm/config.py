@@ -58,7 +58,8 @@ class Config(NamedTuple):
     memory_bytes for RAM, or -1 for memory of our own; memory_shared: others map it too (shares need that), else it is copied
     on write. hotplug_bytes: the most that the guest may get beyond memory_bytes while it runs. state: of a saved machine
     that goes on, or -1 for a boot. chain: state and memory of a snapshot that RAM is filled from, behind those that it is a
-    difference to. spares: virtio-mmio slots without a device, for later ones."""
+    difference to. pagemap: of this process's own /proc/self/pagemap, or -1. spares: virtio-mmio slots without a device,
+    for later ones."""
 
     kvm: int
     kernel: int
@@ -74,6 +75,7 @@ class Config(NamedTuple):
     source: int = -1
     state: int = -1
     chain: tuple[tuple[int, int], ...] = ()
+    pagemap: int = -1
     disks: tuple[Disk, ...] = ()
     nics: tuple[Nic, ...] = ()
     shares: tuple[Share, ...] = ()

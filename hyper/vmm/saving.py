@@ -37,9 +37,17 @@ def save(machine: Machine, state: int, memory: int | None = None, chain: snapsho
     sections = {SECTION: json.dumps(found, separators=(",", ":")).encode()}
     regions = _regions(machine)
     if memory is not None:
-        sections |= snapshot_memory.write_memory(memory, machine.booted, chain)
+        sections |= snapshot_memory.write_memory(memory, machine.booted, chain, look=_look(machine))
     parent = chain.top.id if chain else None
     return snapshot.write_state(state, this_host(machine), regions, sections, parent=parent)
+
+
+def _look(machine: Machine) -> snapshot_memory.Look | None:
+    """Memory that others map, too, is not ours to know."""
+    config = machine.config
+    if config.pagemap < 0 or (config.memory >= 0 and config.memory_shared):
+        return None
+    return snapshot_memory.Look(config.pagemap, config.memory)
 
 
 def save_into(machine: Machine, fds: list[int]) -> dict[str, Any]:

@@ -29,6 +29,8 @@ _PAIR = struct.Struct("<II")
 _ZEROS = bytes(CHUNK * PAGE)
 _ZERO = bytes(PAGE)
 MAX_CHAIN = 64
+_ENTRY = 8  # bytes of a page in /proc/PID/pagemap, Documentation/admin-guide/mm/pagemap.rst
+_IS_THERE = bytes(int(byte & 0xC0 != 0) for byte in range(256))  # of its last byte: present, or swapped
 _MAX_RUNS = 1 << 27  # bytes: of 64 GiB where every other page is zero
 
 
@@ -110,15 +112,70 @@ class Chain:
         return first, end, data
 
 
+class Look:
+    """Which pages of RAM are there, so that others need not be touched: a fault would make them.
+
+    pagemap: a descriptor of the process's own /proc/self/pagemap. source: of the file that RAM is a private copy of, in the
+    order of a memory file; -1 where what is not there is zeros.
+    """
+
+    __slots__ = ("pagemap", "source")
+
+    def __init__(self, pagemap: int, source: int = -1) -> None:
+        self.pagemap = pagemap
+        self.source = source
+
+    def read(self, region: Region, at: int, pages: int, offset: int) -> bytes | bytearray:
+        """A copy of [at, at + pages) of the region, which is at `offset` of a memory file. Raises OSError."""
+        length = pages * PAGE
+        entries = os.pread(self.pagemap, pages * _ENTRY, (region.memory.address + at) // PAGE * _ENTRY)
+        there = entries[_ENTRY - 1 :: _ENTRY].translate(_IS_THERE)
+        if there.count(1) == pages:
+            return bytes(region.view[at : at + length])
+        data = self._untouched(length, offset)
+        first = there.find(1)
+        while first >= 0:
+            end = there.find(0, first)
+            end = pages if end < 0 else end
+            data[first * PAGE : end * PAGE] = region.view[at + first * PAGE : at + end * PAGE]
+            first = there.find(1, end)
+        return data
+
+    def _untouched(self, length: int, offset: int) -> bytearray:
+        data = bytearray(length)
+        if self.source < 0:
+            return data
+        view, end, found = memoryview(data), offset + length, offset
+        while found < end:
+            try:
+                start = os.lseek(self.source, found, os.SEEK_DATA)
+            except OSError as error:
+                if error.errno != errno.ENXIO:  # a hole to its end
+                    raise
+                break
+            found = min(end, os.lseek(self.source, start, os.SEEK_HOLE))
+            while start < found:
+                count = os.preadv(self.source, [view[start - offset : found - offset]], start)
+                if not count:
+                    raise OSError(errno.EIO, "the file that memory is a copy of has become shorter")
+                start += count
+        return data
+
+
 def write_memory(
-    fd: int, memory: GuestMemory, parent: Chain | None = None, written: Sequence[bytes | bytearray] | None = None
+    fd: int,
+    memory: GuestMemory,
+    parent: Chain | None = None,
+    written: Sequence[bytes | bytearray] | None = None,
+    *,
+    look: Look | None = None,
 ) -> dict[str, bytes]:
     """Save the RAM of a machine that stands still to an empty file; the result are the sections for its state.
 
     With a parent only what changed is written. `written` says what did: a bitmap of pages for each region, from low to high,
     of the dirty log of KVM *and* of all that devices and vhost wrote, which that log has not. Without it every page is
-    compared with the parent's. The file is still to be synced, which a guest need not wait for. Raises an AmbiError when it
-    cannot be written, and leaves a file that fits no state.
+    compared with the parent's; `look` spares those that are not there. The file is still to be synced: no guest has
+    to wait for that. Raises an AmbiError when it cannot be written, and leaves a file that fits no state.
     """
     total = memory.size // PAGE
     if parent is not None:
@@ -128,7 +185,7 @@ def write_memory(
             raise ValueError("without a parent all pages are written")
         runs = _from_bitmaps(memory, written)
     else:
-        runs = _merged(run for number in range(-(-total // CHUNK)) for run in _changed(memory, number, total, parent))
+        runs = _merged(run for number in range(-(-total // CHUNK)) for run in _changed(memory, number, total, parent, look))
     try:
         os.ftruncate(fd, 0)
         os.ftruncate(fd, total * PAGE)
@@ -181,11 +238,14 @@ def _write_runs(fd: int, memory: GuestMemory, runs: list[Run]) -> list[bytes]:
     return [digests[number].digest() for number in sorted(digests)]
 
 
-def _changed(memory: GuestMemory, number: int, total: int, parent: Chain | None) -> Iterator[Run]:
+def _changed(memory: GuestMemory, number: int, total: int, parent: Chain | None, look: Look | None) -> Iterator[Run]:
     """The pages of a chunk that differ from the parent's, or from zeros."""
     first, end = number * CHUNK, min((number + 1) * CHUNK, total)
     before = (parent and parent.content(number)) or _ZEROS[: (end - first) * PAGE]
-    now = b"".join(_bytes(memory.regions[n], at, stop - start) for start, stop, n, at in _in_regions(memory, first, end))
+    now = b"".join(
+        look.read(memory.regions[n], at, stop - start, start * PAGE) if look else _bytes(memory.regions[n], at, stop - start)
+        for start, stop, n, at in _in_regions(memory, first, end)
+    )
     if now == before:
         return
     for page in range(first, end):

@@ -35,7 +35,10 @@ class VmmSnapshots:
         assert isinstance(monitor, VmmMonitor)
         parents = (fd for pair in files.parents for fd in pair)
         since = time.monotonic_ns()
-        answer = monitor.call("save", by, (files.state, files.memory, *parents))
+        try:
+            answer = monitor.call("save", by, (files.state, files.memory, *parents))
+        except Unavailable as error:
+            raise type(error)(f"{error.message}: {why}" if (why := monitor.why()) else error.message) from error
         return Still(since, whole=answer.get("whole") is not False)
 
     def go_on(self, monitor: Monitor, by: Deadline) -> None:

@@ -41,7 +41,8 @@ def start(hardware: Hardware, place: Place, *, state: int = -1, chain: tuple[tup
     config = configure(hardware._replace(control=theirs.fileno()), kvm)._replace(state=state, source=source, chain=chain)
     try:
         check(config)
-        child = jail.fork(NAME, place.output, lambda: _prepare(place), lambda: _become(config), alone=True)
+        opened: list[int] = []  # by the child
+        child = jail.fork(NAME, place.output, lambda: _prepare(place, opened), lambda: _become(config, opened), alone=True)
     except BaseException:
         control.close()
         raise
@@ -91,14 +92,16 @@ def _nic(mac: bytes, tap: int, vhost: int | None, *, blank: bool) -> Nic:
     return Nic(mac, None, None) if blank or tap < 0 else Nic(mac, tap, vhost)
 
 
-def _prepare(place: Place) -> None:
+def _prepare(place: Place, opened: list[int]) -> None:
     Path("/proc/self/comm").write_text(NAME)
+    opened.append(os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC))
     place.cgroup.join()
     jail.enter_vmm(place.user)
 
 
-def _become(config: Config) -> NoReturn:
+def _become(config: Config, opened: list[int]) -> NoReturn:
     """Nothing of the shim's stays open but what the machine is made of."""
+    config = config._replace(pagemap=opened[0])
     keep = sorted({0, 1, 2, *descriptors(config)})
     for low, high in zip(keep, [*keep[1:], 1 << 31], strict=True):
         if high > low + 1:
@@ -109,7 +112,7 @@ def _become(config: Config) -> NoReturn:
 def descriptors(config: Config) -> set[int]:
     """All that `config` names."""
     found: set[int | None] = {config.kvm, config.kernel, config.initramfs, config.console, config.agent, config.control}
-    found |= {config.memory, config.source, config.state}
+    found |= {config.memory, config.source, config.state, config.pagemap}
     found |= {fd for pair in config.chain for fd in pair}
     for disk in config.disks:
         found |= {disk.fd, *(extent.fd for extent in disk.extents)}

@@ -19,7 +19,7 @@ from hyper.kvm.cpuid import CpuidEntry
 from hyper.kvm.memory import Memory
 from hyper.vmm.memory import Buffer, GuestMemory
 from hyper.vmm.snapshot import DIGESTS, PAGE, RUNS, Host, Saved, read_state, refuse_other_host, this_host, write_state
-from hyper.vmm.snapshot_memory import CHUNK, Chain, unpack_runs, write_memory
+from hyper.vmm.snapshot_memory import CHUNK, Chain, Look, unpack_runs, write_memory
 
 HOST = Host("AuthenticAMD", 25, 1, {"0x1.0.ecx": 0b1110, "0x7.0.ebx": 0b1}, "6.1.0-1", "0.1.0")
 SECTIONS = {"machine": b'{"vcpus":[]}', "empty": b"", "devices": bytes(range(256))}
@@ -347,3 +347,30 @@ def test_saving_does_not_fill_the_holes_of_a_memfd(files: Files) -> None:
         assert os.fstat(ram.fd).st_blocks * 512 <= 2 << 20
         assert unpack_runs(saved) == [((20 << 20) // PAGE, (20 << 20) // PAGE + 1)]
         assert os.pread(fd, 4, 20 << 20) == b"here"
+
+
+@pytest.mark.parametrize("copied", [False, True])
+def test_saving_touches_no_page_that_is_not_there(files: Files, copied: bool) -> None:
+    """Of anonymous memory, and of a private copy of a file with holes."""
+    size = 64 << 20
+    source = files()
+    os.ftruncate(source, size)
+    os.pwrite(source, b"source" * 1000, 10 << 20)
+    ram = Memory.of_file(source, size, shared=False) if copied else Memory(size)
+    pagemap = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        with ram:
+            ram.view[(10 << 20) + 4096] = 1
+            ram.view[20 << 20 : (20 << 20) + 4] = b"here"
+            assert ram.view[(40 << 20) + 1] == 0  # read: there, and zeros
+            blocks = os.fstat(source).st_blocks
+            fd = files()
+            sections = write_memory(fd, GuestMemory([(0, ram)]), look=Look(pagemap, source if copied else -1))
+            assert os.fstat(source).st_blocks == blocks
+            entries = os.pread(pagemap, size // PAGE * 8, ram.address // PAGE * 8)
+            there = sum(byte & 0xC0 != 0 for byte in entries[7::8])
+            assert there <= 3 * CHUNK  # three places were touched, be it by a huge page
+            assert os.pread(fd, size, 0) == bytes(ram.view)
+            assert len(sections[DIGESTS]) == 2 * 32
+    finally:
+        os.close(pagemap)
