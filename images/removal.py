@@ -16,7 +16,7 @@ def remove(database: Database, image: Image, name: str, *, force: bool, in_use: 
     everything = database.names(image.id)
     users = in_use(image.id)
     if canonical is not None and _others(canonical, everything):
-        return _untag(database, [canonical])
+        return _untag(database, [canonical, *_with_it(canonical, everything)])
     if canonical is not None and users and force:
         return _leave_to_users(database, image, everything)
     if canonical is not None and users:
@@ -56,6 +56,13 @@ def _others(canonical: str, names: list[str]) -> bool:
     own = reference.parse(canonical)
     rest = [reference.parse(name) for name in names if name != canonical]
     return any(not x.digest or x.repository != own.repository for x in rest) or bool(own.digest and rest)
+
+
+def _with_it(canonical: str, names: list[str]) -> list[str]:
+    """The digests of its repository that go with `canonical`, the last tag there."""
+    gone = reference.parse(canonical)
+    same = [x for x in map(reference.parse, names) if x.repository == gone.repository and x != gone]
+    return [x.canonical for x in same] if not gone.digest and all(x.digest for x in same) else []
 
 
 def remove_image(database: Database, image: Image) -> list[Removed]:

@@ -22,8 +22,8 @@ MAX_HEADERS = 100
 MAX_CHUNK_LINE_BYTES = 4 << 10
 MAX_TRAILER_BYTES = 8 << 10
 HEAD_SECONDS = 30.0  # from the first byte of a head to its last
-LINGER_BYTES = 256 << 10  # of an unread body that is read and dropped, so that the answer is not lost
-LINGER_SECONDS = 0.5
+LINGER_BYTES = 64 << 20  # of an unread body that is read and dropped: a client that still writes would not see the answer
+LINGER_SECONDS = 1.0
 
 _TOKEN = frozenset(b"!#$%&'*+-.^_`|~0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ")
 _DIGITS = frozenset("0123456789")

@@ -41,11 +41,11 @@ def _filter(call: Call, filters: Filters) -> Callable[[Image], bool]:
     tests: list[Callable[[Image], bool]] = []
     if "dangling" in filters:
         dangling = one_flag("dangling", filters["dangling"])
-        tests.append(lambda image: (not image.names) is dangling)
+        tests.append(lambda image: not image.names if dangling else bool(image.names or image.digests))
     for wanted in filters.get("label", ()):
         tests.append(lambda image, wanted=wanted: has_label(shapes.labels(image), wanted))  # type: ignore[misc]
     if filters.get("reference"):
-        tests.append(lambda image: any(_matches(name, filters["reference"]) for name in image.names))
+        tests.append(lambda image: any(matches(name, filters["reference"]) for name in (*image.names, *image.digests)))
     for name in filters.get("before", ()):
         before_ns = call.engine.images.resolve(name).created_ns
         tests.append(lambda image, limit=before_ns: image.created_ns < limit)  # type: ignore[misc]
@@ -63,10 +63,15 @@ def has_label(labels: dict[str, str], wanted: str) -> bool:
     return name in labels and (not equals or labels[name] == value)
 
 
-def _matches(name: str, patterns: list[str]) -> bool:
-    """A pattern fits the whole of `repository:tag`, the repository, or its last parts, as Docker's does."""
-    repository = name.rpartition(":")[0] or name
-    return any(fnmatchcase(text, pattern) for pattern in patterns for text in (name, repository))
+def matches(name: str, patterns: list[str]) -> bool:
+    """A pattern fits the whole of `repository:tag` or the repository, part by part, as Docker's does."""
+    repository = name.partition("@")[0] if "@" in name else name.rpartition(":")[0]
+    return any(_fits(text, pattern.replace("[^", "[!")) for pattern in patterns for text in (name, repository))
+
+
+def _fits(text: str, pattern: str) -> bool:
+    parts, wanted = text.split("/"), pattern.split("/")
+    return len(parts) == len(wanted) and all(map(fnmatchcase, parts, wanted))
 
 
 def _shown(image: Image, filters: Filters) -> Image:
@@ -74,7 +79,8 @@ def _shown(image: Image, filters: Filters) -> Image:
     patterns = filters.get("reference")
     if not patterns:
         return image
-    return image._replace(names=tuple(name for name in image.names if _matches(name, patterns)))
+    names, digests = (tuple(x for x in listed if matches(x, patterns)) for listed in (image.names, image.digests))
+    return image._replace(names=names, digests=digests)
 
 
 def inspect(call: Call) -> Reply:

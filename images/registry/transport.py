@@ -36,6 +36,7 @@ _BLOCK = 256 << 10  # of what is sent
 _AGAIN = frozenset((429, 500, 502, 503, 504))
 _MOVED = frozenset((301, 302, 303, 307, 308))
 _ERROR_BYTES, _TOKEN_BYTES = 64 << 10, 1 << 20
+_WORDLESS = {401: "authentication required", 403: "access denied"}  # an answer to HEAD has no words
 _HOSTS = {"docker.io": "registry-1.docker.io"}
 
 
@@ -64,7 +65,9 @@ def refusal(response: Response) -> Refusal:
             words = str(body.get("message") or body.get("details") or body.get("error") or "")
     except (ValueError, AttributeError, RecursionError):
         pass
-    return Refusal(response.status, harmless(code, 64), harmless(words) or f"status {response.status}")
+    return Refusal(
+        response.status, harmless(code, 64), harmless(words) or _WORDLESS.get(response.status, f"status {response.status}")
+    )
 
 
 def harmless(text: str, limit: int = 300) -> str:

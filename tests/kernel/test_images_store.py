@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from ambi.core.errors import AmbiError, Conflict, Corrupt, InvalidRequest, NotFound, StorageFull, Unsupported
+from images import reference
 from images.store import Image, Store
 from tests.layerkit import directory, member, symlink, tar_bytes
 
@@ -107,6 +108,15 @@ def test_names_move_and_go(store: Store) -> None:
     assert ([x.id for x in removed], freed > 0) == ([two.id], True)
     assert files(store) == set()
     assert json.loads((store.root / "index.json").read_bytes())["manifests"] == []
+
+
+def test_digests_go_with_the_last_tag_of_their_repository(store: Store) -> None:
+    image = imported(store, "a")
+    digest = "sha256:" + "0" * 64
+    store.set_names(image, [reference.parse(x) for x in ("host:1/b:1", "host:1/b:2", f"host:1/b@{digest}")])
+    assert [x.name for x in store.remove("host:1/b:1", in_use=nobody)] == ["host:1/b:1"]
+    assert [x.name for x in store.remove("host:1/b:2", in_use=nobody)] == ["host:1/b:2", f"host:1/b@{digest}"]
+    assert (store.resolve("a").names, store.resolve("a").digests) == (("a:latest",), ())
 
 
 def test_an_image_in_use_keeps_its_layers(store: Store) -> None:

@@ -228,6 +228,13 @@ def test_a_large_unread_upload_still_gets_its_answer(path: Path) -> None:
         assert b"409 Conflict" in sock.recv(1 << 16)
 
 
+def test_whoever_writes_first_and_reads_then_gets_the_answer(path: Path) -> None:
+    with dial(path) as sock:
+        sock.sendall(b"GET /fail HTTP/1.1\r\n" + HOST + b"Content-Length: 100000000\r\n\r\n")
+        sock.sendall(bytes(8 << 20))
+        assert b"409 Conflict" in sock.recv(1 << 16)
+
+
 def test_expect_continue(path: Path) -> None:
     with dial(path) as sock:
         sock.sendall(b"POST /body HTTP/1.1\r\n" + HOST + b"Content-Length: 7\r\nExpect: 100-continue\r\n\r\n")

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from ambi.api import events, instance_shapes, logs, stats, streams, top, words
+from ambi.api import events, images, instance_shapes, logs, stats, streams, top, words
 from ambi.api.query import Query, one_flag
 from ambi.api.router import Router
 from ambi.api.routes import ROUTER
@@ -227,3 +227,14 @@ def test_every_route_is_reachable_with_and_without_a_version() -> None:
             assert ROUTER.match(method, prefix + path).handler
     with pytest.raises(NotFound, match="page not found"):
         ROUTER.match("POST", "/grpc")
+
+
+@pytest.mark.parametrize(
+    "name,pattern,fits",
+    [("team/app:1", "team/app", True), ("team/app:1", "team/app:1", True), ("team/app:1", "app", False),
+     ("team/app:1", "*", False), ("team/app:1", "*/*", True), ("host:5000/app:1", "host:5000/app", True),
+     ("team/app@sha256:ab", "team/*", True), ("team/app:1", "team/[^a]*", False), ("app:1", "*:2", False)],
+)  # fmt: skip
+def test_patterns_of_references(name: str, pattern: str, fits: bool) -> None:
+    """As filepath.Match has it, by which Docker goes: a `*` is not more than one part of a path."""
+    assert images.matches(name, [pattern]) is fits
