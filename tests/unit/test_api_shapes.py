@@ -221,12 +221,16 @@ def test_every_route_is_reachable_with_and_without_a_version() -> None:
         ("HEAD", "/_ping"), ("GET", "/containers/json"), ("POST", "/containers/create"), ("POST", "/containers/x/wait"),
         ("DELETE", "/containers/x"), ("POST", "/exec/x/start"), ("GET", "/images/a/b:c/json"), ("DELETE", "/images/a/json"),
         ("POST", "/images/load"), ("GET", "/events"), ("GET", "/networks/x"), ("GET", "/plugins/x/json"),
-        ("GET", "/ambi/doctor"),
+        ("GET", "/ambi/doctor"), ("POST", "/ambi/instances/x/mounts"), ("DELETE", "/ambi/instances/x/mounts"),
     ):  # fmt: skip
         for prefix in ("", "/v1.24", "/v1.44"):
             assert ROUTER.match(method, prefix + path).handler
     with pytest.raises(NotFound, match="page not found"):
         ROUTER.match("POST", "/grpc")
+    assert ROUTER.match("POST", "/ambi/instances/a%20b/mounts").name == "a b"
+    for path in ("/ambi/instances/mounts", "/ambi/instances//mounts", "/ambi/x/mounts"):
+        with pytest.raises(NotFound, match="page not found"):
+            ROUTER.match("POST", path)
 
 
 @pytest.mark.parametrize(

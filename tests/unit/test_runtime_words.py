@@ -11,11 +11,26 @@ import pytest
 
 from ambi.core.errors import InvalidRequest, Unsupported
 from ambi.linux import capabilities, mount, paths
-from runtime import devices, finish, mounts, users
+from runtime import attach, devices, finish, mounts, users
 from runtime.cgroups import v1, v2
 from runtime.cgroups.hierarchies import Hierarchies, Hierarchy, read_mounts
 
 # Mounts
+
+TABLE = r"""20 1 0:30 / / rw - overlay overlay rw
+21 20 0:31 / /proc rw - proc proc rw
+30 20 8:1 /src /a\040b\134\134040c rw,relatime - ext4 /dev/sda1 rw
+31 30 0:40 / /a\040b\134\134040c/below rw master:1 - tmpfs tmpfs rw
+32 31 0:41 / /a\040b\134\134040c/below/deep rw - tmpfs tmpfs rw
+33 20 0:42 / /other rw - tmpfs tmpfs rw
+"""
+
+
+def test_a_mount_and_what_is_below_it() -> None:
+    found = attach.below(TABLE, 30)
+    assert [line.number for line in found] == [30, 31, 32]
+    assert [line.place for line in found][:2] == ["/a b\\\\040c", "/a b\\\\040c/below"]
+    assert attach.below(TABLE, 99) == [] and len(attach.below(TABLE, 20)) == 6
 
 
 def parse(kind: str = "bind", options: tuple[str, ...] = (), destination: str = "/x") -> mounts.Mount:

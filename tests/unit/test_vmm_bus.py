@@ -108,6 +108,20 @@ def test_what_is_taken_is_not_given_twice() -> None:
             bus.add(base, size, Recorder())
 
 
+def test_what_was_taken_away_is_nobodys() -> None:
+    bus, devices = Bus(), [Recorder(), Recorder(), Recorder()]
+    for number, device in enumerate(devices):
+        bus.add(0x100 + 0x10 * number, 0x10, device)
+    bus.remove(0x110)
+    bus.write(0x110, b"x")
+    assert bus.read(0x11F, 1) == b"\xff" and devices[1].seen == [] and bus.unowned == {0x110: 1, 0x11F: 1}
+    bus.write(0x120, b"y")
+    assert devices[2].seen == [("write", 0, b"y")]
+    with pytest.raises(KeyError):
+        bus.remove(0x110)
+    bus.add(0x110, 0x10, devices[1])
+
+
 def test_many_devices_each_get_their_own() -> None:
     bus, devices = Bus(), {}
     bases = [0xD000_0000 + 0x1000 * n for n in range(32)]
