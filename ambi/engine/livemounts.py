@@ -36,6 +36,7 @@ def attach(core: Core, id: str, volume: str) -> Point:
             point = points[0]
             _check_target(core, record, run, point.target)
             core.volumes.check_attach(record, point)
+            core.volumes.keep(point)  # an engine that dies now is told of it by the shim, but not before it counts users
             core.volumes.hold_one(record, point)
             try:
                 run.connection.call("mount", mount=point.entry(), note=point.stored(), by=Deadline.after(CALL_S))

@@ -266,6 +266,11 @@ class Volumes:
         with self._lock:
             return {name for name in names if name in self._volumes and self._volumes[name].kind in KINDS}
 
+    def keep(self, point: Point) -> None:
+        """The volume of `point`, should it have been made for it, stays whatever comes."""
+        if point.name:
+            local.settle(self._core.roots.volumes, point.name)
+
     def hold_one(self, record: Record, point: Point) -> None:
         """As `hold`, of a mount that `record` is about to get."""
         for name in self._kept_mounted((point,)):

@@ -18,15 +18,24 @@ from tests.harness import EngineUnderTest
 pytestmark = pytest.mark.needs("root")
 
 
-@pytest.fixture(scope="module")
-def engine(busybox_tar: Path) -> Iterator[EngineUnderTest]:
+def opened(busybox_tar: Path, *, vm: bool) -> Iterator[EngineUnderTest]:
     made = EngineUnderTest(Path(tempfile.mkdtemp(prefix="ambi-", dir="/tmp")))
-    made.start(vm=False)
+    made.start(vm=vm)
     try:
         made.load_busybox(busybox_tar)
         yield made
     finally:
         made.destroy()
+
+
+@pytest.fixture(scope="module")
+def engine(busybox_tar: Path) -> Iterator[EngineUnderTest]:
+    yield from opened(busybox_tar, vm=False)
+
+
+@pytest.fixture
+def vm_engine(busybox_tar: Path) -> Iterator[EngineUnderTest]:
+    yield from opened(busybox_tar, vm=True)
 
 
 @pytest.fixture
@@ -143,3 +152,29 @@ def test_bad_ones_name_what_is_wrong_and_change_nothing(engine: EngineUnderTest,
     names = out(engine, "volume", "ls", "-q").split()
     assert set(names) == {"kept", "disk"}, "none was made for what failed"
     out(engine, "rm", "still")
+
+
+@pytest.mark.needs("qemu")
+def test_the_same_in_a_virtual_machine(vm_engine: EngineUnderTest, source: Path) -> None:
+    engine = vm_engine
+    out(engine, "run", "-d", "--isolation", "vm", "--name", "bare", "--network", "none", "busybox", "sleep", "1000")
+    text = refused(engine, "volume", "attach", "bare", f"{source}:/late")
+    assert "cannot get a file tree while it runs" in text and "start it with a bind mount" in text
+    out(engine, "rm", "-f", "bare")
+    words = ("--isolation", "vm", "--name", "vm", "--network", "none", "-v", "kept:/own")
+    out(engine, "run", "-d", *words, "busybox", "sleep", "1000")
+    out(engine, "volume", "attach", "vm", f"{source}:/late:ro")
+    out(engine, "volume", "attach", "vm", "late:/volume")
+    engine.kill()
+    engine.start()
+    assert set(shown(engine, "vm")) == {"/own", "/late", "/volume"}
+    script = "cat /late/file && ! touch /late/x 2> /dev/null && echo in > /volume/x"
+    assert out(engine, "exec", "vm", "sh", "-c", script) == "of the host\n"
+    assert "volume is in use" in refused(engine, "volume", "rm", "late")
+    assert "file trees" in refused(engine, "snapshot", "save", "vm")
+    out(engine, "volume", "detach", "vm", "/late")
+    out(engine, "restart", "-t", "0", "vm")
+    assert set(shown(engine, "vm")) == {"/own"}
+    assert out(engine, "exec", "vm", "ls", "/late", "/volume").split() == ["/late:", "/volume:"]
+    out(engine, "rm", "-f", "vm")
+    out(engine, "volume", "rm", "late")
