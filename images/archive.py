@@ -46,10 +46,12 @@ class Plan(NamedTuple):
 
 
 def load(store: Store, source: BinaryIO, progress: ProgressSink) -> list[Any]:
-    """The images of the archive, in its order. Nothing is stored of one that is refused; those before it stay."""
+    """The images of the archive, in its order, with the names that it gives them. Nothing is stored of one that is refused;
+    those before it stay."""
     with Members() as members:
         split(store.content, source, members, progress)
-        return [store_plan(store, plan, progress) for plan in plans(members)]
+        found = [(store_plan(store, plan, progress), plan.names) for plan in plans(members)]
+    return [image._replace(names=tuple(x.familiar for x in names if x.tag), digests=()) for image, names in found]
 
 
 def plans(members: Members) -> list[Plan]:

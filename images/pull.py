@@ -228,7 +228,7 @@ class _Pull:
         jobs = self._layers_of(found, config)
         with self._store.hold([diff_id for _, diff_id in jobs]), self._received(jobs) as layers:
             image = self._store.commit(config, found.data, layers, self._names(top_digest))
-        self._store.forget_partial([layer.digest for layer, _ in jobs])
+        self._store.forget_partial({layer.digest: diff_id for layer, diff_id in jobs})
         return image
 
     @contextmanager

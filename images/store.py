@@ -19,7 +19,7 @@ import os
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
@@ -239,7 +239,7 @@ class Store:
             layer.discard()
 
     def load(self, source: BinaryIO, *, progress: ProgressSink = ignore) -> Images:
-        """The images of an archive as `docker save` or an OCI tool writes it, compressed or not."""
+        """The images of an archive as `docker save` or an OCI tool writes it, compressed or not, with the names it has."""
         with about("cannot load the archive"):
             return archive.load(self, source, progress)
 
@@ -408,11 +408,14 @@ class Store:
                 self._database.drop_unused_layers(set(self._held))
             return self.snapshots.sweep() + self.content.sweep(self._database.blobs())
 
-    def forget_partial(self, digests: Sequence[str]) -> None:
-        """Remove what is left of downloads that are complete and in the store."""
+    def forget_partial(self, layers: Mapping[str, str]) -> None:
+        """Remove what is left of complete downloads of these blobs, digest to diff ID.
+
+        Those of an image that was here by another manifest are in no place of theirs; another pull may need them yet.
+        """
         with self._mutex:
-            for digest in digests:
-                if self.content.path(digest).exists():
+            for digest, diff_id in layers.items():
+                if self.content.path(digest).exists() or diff_id not in self._held:
                     self.content.forget_partial(digest)
 
     def known_layer(self, diff_id: str) -> tuple[int, int] | None:

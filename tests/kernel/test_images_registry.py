@@ -476,6 +476,22 @@ def loaded_into(store: Store, path: Path) -> list[Image]:
         return store.load(source)
 
 
+def test_an_image_that_is_here_by_another_manifest(store: Store, registry: FaultyRegistry, short_tmp: Path) -> None:
+    """It gets the name, and nothing of the download stays; an archive is told by the names that it has itself."""
+    first, kind, diff_id = layer(1)
+    registry.add_image([(first, kind, diff_id)])
+    image = store.pull(f"{registry.address}/app:1").image
+    registry.add_image([(gzip.compress(gzip.decompress(first), 9, mtime=0), kind, diff_id)], "2")
+    before = contents(store)
+    again = store.pull(f"{registry.address}/app:2").image
+    assert (again.id, again.names) == (image.id, (f"{registry.address}/app:1", f"{registry.address}/app:2"))
+    assert contents(store) == before and not list((store.root / "partial").iterdir())
+    store.tag(again, "saved:1")
+    with open(short_tmp / "saved.tar", "wb") as target:
+        store.save(["saved:1"], target)
+    assert [found.names for found in loaded_into(store, short_tmp / "saved.tar")] == [("saved:1",)]
+
+
 def test_saved_archives_load(store: Store, other: Store, short_tmp: Path) -> None:
     first, second = imported(store, "team/app:1", "a"), imported(store, "team/app:2", "b")
     imported(store, "lonely:1", "c")
