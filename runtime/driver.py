@@ -175,7 +175,8 @@ class ContainerDriver:
         del by
         try:
             files, file_list = write_files(plan, undo)
-            return Browser(tree.View(tree.Place(plan, rootfs.prepare(plan), None, file_list), loop), files)
+            place = tree.Place(plan, rootfs.prepare(plan), None, file_list, self._host_mounts)
+            return Browser(tree.View(place, loop), files)
         except OSError as error:
             raise from_os_error(f"cannot look into container {plan.id[:12]}", error) from error
 

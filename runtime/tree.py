@@ -65,12 +65,14 @@ class Request(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Where to look: in the running container of `init`, or the root that `plan` describes. root: of rootfs.prepare."""
+    """Where to look: in the running container of `init`, or the root that `plan` describes. root: of rootfs.prepare.
+    host: see `mounts.attach_all`."""
 
     plan: LaunchPlan
     root: tuple[str, list[str], str]
     init: int | None
     files: list[tuple[str, str]]
+    host: int | None = None
 
 
 class View:
@@ -249,7 +251,7 @@ def _assembled(place: Place, *, alone: bool) -> int:
     readonly = bool((place.plan.config.get("root") or {}).get("readonly"))
     if not alone:
         parsed = [mounts.parse(entry) for entry in place.plan.config.get("mounts") or () if _is_bind(entry)]
-        mounts.attach_all(root, parsed, [])
+        mounts.attach_all(root, parsed, [], place.host)
         for path, file in place.files:
             mounts.bind_file(root, file, path)
     if readonly:

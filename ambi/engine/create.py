@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import time
 from pathlib import Path
@@ -14,9 +13,10 @@ from ambi.core.errors import Conflict, InvalidRequest, NotFound, from_os_error
 from ambi.core.model import IdMap, InstanceId, Isolation, Workload
 from ambi.core.model import Status as S
 from ambi.core.undo import Undo
-from ambi.engine import diskquota, mounts, names, request, spec
+from ambi.engine import diskquota, filling, mounts, names, request, spec
 from ambi.engine.body import Body
 from ambi.engine.core import Core
+from ambi.engine.files import write_whole as write_whole
 from ambi.engine.records import Record
 from ambi.engine.state import Row, dumps
 from ambi.engine.types import CreateSpec, State
@@ -82,6 +82,7 @@ def _create(core: Core, name: str | None, asked: CreateSpec, image: Image) -> In
             if size_bytes and isolation is Isolation.CONTAINER:
                 undo.add("forget the limit of its disk", lambda: diskquota.release(data / UPPER))
                 diskquota.apply(data / UPPER, id, size_bytes)
+            row = filling.fill(core, row)
             write_record(data, row)
         except OSError as error:
             raise from_os_error(f"cannot create container '{name}'", error) from error
@@ -168,16 +169,3 @@ def read_record(data: Path) -> Row | None:
         )
     except (OSError, ValueError, KeyError, TypeError):
         return None
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Have `path` appear with `text` by rename, readable by root alone."""
-    beside = f"{path}.new"
-    fd = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-    try:
-        with open(fd, "w", encoding="utf-8", errors="surrogateescape") as file:
-            file.write(text)
-        os.rename(beside, path)
-    except OSError:
-        os.unlink(beside)
-        raise

@@ -279,6 +279,7 @@ class Shim:
         if self._phase == "new":
             plan = LaunchPlan.load(Path(self.spec.data_dir))
             driver = self._driver or drivers.load(plan.isolation.value)
+            getattr(driver, "use_host_mounts", lambda _: None)(self.spec.home)
             found = self._browser.open(driver, plan, Deadline.after(_seconds(request, START_SECONDS)))
         trees.begin(found, request)
 

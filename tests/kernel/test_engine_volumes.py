@@ -89,6 +89,48 @@ def test_a_new_volume_has_what_the_image_has_there(engine: EngineUnderTest) -> N
     out(engine, "volume", "rm", "first", "second", "third")
 
 
+def test_a_volume_is_filled_when_its_instance_is_made(engine: EngineUnderTest) -> None:
+    """By the create alone, as with Docker: others see it at once, and what is taken out of it stays out."""
+    for number, runtime in enumerate(("runc", "vm")):
+        name = f"early-{number}"
+        out(engine, "create", "--runtime", runtime, "--name", name, "-v", f"{name}:/data:ro", "filled", "ls", "/data")
+        look = ["stat", "-c", "%n %u:%g %a", "/other/deep/file", "/other"]
+        seen = run(engine, "--rm", "-v", f"{name}:/other", "busybox", *look)
+        assert seen.stdout.decode().splitlines() == ["/other/deep/file 5:6 644", "/other 7:8 755"]
+    instance = engine.data / "instances" / out(engine, "inspect", "-f", "{{.Id}}", "early-1")
+    assert sorted(path.name for path in instance.iterdir()) == ["record.json", "upper"]
+    assert not list((instance / "upper").iterdir())
+    assert not engine.shims() and not (engine.run / "instances" / instance.name).exists()
+
+    run(engine, "--rm", "-v", "early-0:/other", "busybox", "sh", "-c", "rm -r /other/*", check=True)
+    assert out(engine, "start", "-a", "early-0") == ""
+    out(engine, "rm", "early-0", "early-1")
+    out(engine, "volume", "rm", "early-0", "early-1")
+
+
+def test_an_engine_that_dies_while_it_fills_a_volume(engine: EngineUnderTest) -> None:
+    """Nothing stays but the volume that somebody else made, and whoever fills it next does it whole."""
+    many = "mkdir /many && cd /many && i=0; while [ $i -lt 3000 ]; do : > $i; i=$((i+1)); done"
+    run(engine, "--name", "maker", "busybox", "sh", "-c", many, check=True)
+    out(engine, "commit", "maker", "many")
+    out(engine, "rm", "maker")
+    out(engine, "volume", "create", "slow")
+    volume = engine.data / "volumes" / "slow" / "_data"
+    before = set((engine.data / "instances").iterdir())
+    argv = ["docker", "-H", f"unix://{engine.socket}", "create", "--name", "cut", "-v", "slow:/many", "many"]
+    with subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as client:
+        while not list(volume.iterdir()):
+            assert client.poll() is None, "it is filled before it could be cut"
+        engine.kill()
+    assert (volume / ".ambi-copying").exists()
+    engine.start(vm=False)
+    wait_until(lambda: set((engine.data / "instances").iterdir()) == before and not engine.shims())
+    out(engine, "create", "--name", "cut", "-v", "slow:/many", "many")
+    assert len(list(volume.iterdir())) == 3000
+    out(engine, "rm", "cut")
+    out(engine, "volume", "rm", "slow")
+
+
 def test_volumes_are_used_by_the_instances_that_name_them(engine: EngineUnderTest) -> None:
     out(engine, "volume", "create", "--label", "a=b", "kept")
     assert out(engine, "volume", "create", "kept") == "kept"
@@ -269,8 +311,15 @@ def test_a_full_disk_leaves_no_half_of_a_copy(engine: EngineUnderTest, tmp_path:
         done = run(engine, "--rm", "-v", "tiny:/d", "big", "true")
         assert done.returncode == 125 and b"No space left on device" in done.stderr
         assert list(small.iterdir()) == []
+        assert out(engine, "ps", "-aq", "--filter", "volume=tiny") == ""
         out(engine, "rm", "big")
         out(engine, "volume", "rm", "tiny")
+
+        (small / "mounted").touch()  # since the shims' zygote began: who looks into what does not run sees it all the same
+        out(engine, "create", "--name", "looked", "-v", f"{small}:/d", "busybox", "true")
+        copied = engine.docker("cp", "looked:/d", "-")
+        assert copied.returncode == 0 and b"d/mounted" in copied.stdout
+        out(engine, "rm", "looked")
     finally:
         subprocess.run(["umount", small], check=True)
 
