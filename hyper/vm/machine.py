@@ -20,7 +20,7 @@ from hyper.vm.attach import Attachments, Home
 from hyper.vm.cgroup import Cgroup
 from hyper.vm.console import Console
 from hyper.vm.guest_process import GuestProcess
-from hyper.vm.link import Link
+from hyper.vm.link import Answer, Link
 from hyper.vm.monitor import Monitor
 from hyper.vm.nic import Network, device_mac
 from hyper.vm.restoring import Restoring
@@ -39,6 +39,7 @@ ANSWER_S = 5.0  # for figures; a busy guest may be slow to answer, and the last 
 MAX_EXECS = 1024
 GO_ON_S = 60.0  # for a guest that stood still to go on
 CONSOLE_FILE = "console"
+CLOCK_S = 0.1  # between the host's clock and the guest's, at the most
 
 
 class Parts:
@@ -145,10 +146,20 @@ class VirtualMachine:
             self._go_on(self._restoring, by)
             return
         items = translate.process(self._plan.config["process"], self._plan.config, stdin=self._plan.stdin)
-        answer = self._link.wait(self._link.request(Type.RUN, items, ident=INIT_ID), by, "the guest's agent")
+        clock = self._set_clock()  # HELLO's may have waited for a guest that was not yet awake
+        sent = time.monotonic()
+        request = self._link.request(Type.RUN, items, ident=INIT_ID)
+        self._link.wait(clock, by, "the guest's agent")
+        if time.monotonic() - sent > CLOCK_S:
+            clock = self._set_clock()
+            self._link.wait(clock, by, "the guest's agent")
+        answer = self._link.wait(request, by, "the guest's agent")
         self._parts.cgroup.limit(translate.cpu_limits(self._plan))  # not sooner: a boot is not the workload's
         self._running = True
         self.init.started(answer.fields.number(1))
+
+    def _set_clock(self) -> Answer:
+        return self._link.request(Type.TIME, ((1, time.time_ns()),))
 
     def _go_on(self, restoring: Restoring, by: Deadline) -> None:
         """The workload runs already: from here on it is ours, and so are its disks."""
