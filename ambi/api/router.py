@@ -13,6 +13,7 @@ from ambi.api.exchange import API_VERSION, MIN_API_VERSION, Handler
 from ambi.core.errors import AmbiError, InvalidRequest, NotFound
 
 _VERSION = frozenset("0123456789.")
+_IMAGES_VERSION = (1, 22)  # which skopeo and podman ask for in `docker-daemon:`; images were the same then
 
 
 class MethodNotAllowed(AmbiError):
@@ -105,7 +106,8 @@ def split_version(path: str) -> tuple[tuple[int, int], str]:
     if version > API_VERSION:
         newest = "{}.{}".format(*API_VERSION)
         raise InvalidRequest(f"client version {text} is too new. Maximum supported API version is {newest}")
-    if version < MIN_API_VERSION:
+    oldest_here = _IMAGES_VERSION if rest.startswith("images/") else MIN_API_VERSION
+    if version < oldest_here:
         oldest = "{}.{}".format(*MIN_API_VERSION)
         raise InvalidRequest(
             f"client version {text} is too old. Minimum supported API version is {oldest}, "

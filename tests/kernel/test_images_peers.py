@@ -233,6 +233,16 @@ def test_copies_by_the_command(peers: Peers) -> None:
     assert refused.returncode == 1 and b"searching a registry is not supported" in refused.stderr
 
 
+def test_skopeo_reaches_the_store_as_it_reaches_dockers(peers: Peers) -> None:
+    socket = f"unix://{peers.engine.socket}"
+    source = f"docker://{peers.address}/docker:1"
+    peers.run("skopeo", "copy", "--src-tls-verify=false", "--dest-daemon-host", socket, source, "docker-daemon:by/skopeo:1")
+    assert peers.word("by/skopeo:1") == "docker"
+    target = f"docker-archive:{peers.base}/daemon.tar:by/skopeo:2"
+    peers.run("skopeo", "copy", "--src-daemon-host", socket, "docker-daemon:by/skopeo:1", target)
+    assert peers.ours("load", "-q", "-i", f"{peers.base}/daemon.tar") == b"Loaded image: by/skopeo:2\n"
+
+
 def test_space_is_told_and_freed(peers: Peers, busybox_tar: Path) -> None:
     """Shared layers count once; what an instance needs is not reclaimed, and its image says who holds it."""
     for listed in peers.ours("images", "-q", "--no-trunc").decode().split():
