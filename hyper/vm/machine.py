@@ -274,6 +274,9 @@ class VirtualMachine:
         self._check_saving()
         try:
             manifest = self._save(home, notes, by)
+        except BaseException:
+            snapshots.discard(home)  # a guest that goes on may want the space
+            raise
         finally:
             self._wake()
         return _with_time(manifest)
@@ -285,6 +288,7 @@ class VirtualMachine:
             manifest = _with_time(self._save(home, notes, by))
             snapshots.publish(home, manifest, by)
         except BaseException:
+            snapshots.discard(home)
             self._wake()
             raise
         self._loop.later(0, lambda: self._link.fail("it was saved, and then ended"))

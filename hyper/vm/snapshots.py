@@ -286,8 +286,10 @@ def _sync_directory(path: Path) -> None:
 
 
 def discard(home: Path) -> None:
-    """Remove what lies in `.new-NAME`, as far as it can be."""
+    """Remove what lies in `.new-NAME`, as far as it can be; its space is free even while somebody has a file of it open."""
     try:
+        for name in os.listdir(draft_of(home)):
+            os.truncate(draft_of(home) / name, 0)
         remove(draft_of(home))
     except OSError:  # the next engine tries again
         pass
