@@ -51,6 +51,7 @@ MOUNTS: list[dict[str, Any]] = [
     {"destination": "/dev/shm", "type": "tmpfs", "source": "shm", "options": ["nosuid", "noexec", "nodev", "mode=1777"]},
 ]  # fmt: skip
 NAMESPACES = ("mount", "network", "uts", "pid", "ipc", "cgroup")
+VCPUS = int(os.environ.get("AMBI_TEST_VCPUS", "1"))  # of VMs that ask for no other number
 _numbers = itertools.count(1)
 
 
@@ -272,7 +273,7 @@ class Rig:
             guest_dir=self.guest_dir,
             files=tuple(File(PurePosixPath(path), 0o644, text) for path, text in (files or {}).items()),
             stdin=stdin,
-            vm=VmShape() if self.name == "vm" else None,
+            vm=VmShape(vcpus=VCPUS) if self.name == "vm" else None,
         )
 
     def create(self, plan: LaunchPlan, loop: Loop) -> Created:
