@@ -6,7 +6,7 @@ import ctypes
 import mmap
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from errno import EINVAL, ENOSPC
 
 from hyper.kvm.api import libc
@@ -108,15 +108,17 @@ class Memory:
         """Give the pages back to the host. They read as zeros next, or, of a private mapping, as what its file has."""
         self.advise(MADV_REMOVE if self.shared else MADV_DONTNEED, offset, length)
 
-    def share(self, fd: int, offset: int) -> None:
+    def share(self, fd: int, offset: int, read: Callable[[int, int], bytes | bytearray] | None = None) -> None:
         """Go on as a shared mapping of [offset, offset + size) of the file `fd`, zeros so far, which gets what is here.
+
+        read: of an offset and a length, where somebody knows what is there without touching it.
 
         Address and views stay good, and a VM that has the memory follows. Nobody may write meanwhile. It goes step by step,
         so that the memory is there once, not twice. Raises OSError; all is there still, be it in part in the file.
         """
         for at in range(0, self.size, HUGE):
             length = min(HUGE, self.size - at)
-            data = bytes(self.view[at : at + length])
+            data = bytes(self.view[at : at + length]) if read is None else read(at, length)
             if data != (_ZEROS if length == HUGE else bytes(length)) and os.pwrite(fd, data, offset + at) != length:
                 raise OSError(ENOSPC, f"no room for {length} bytes of memory")
             flags = mmap.MAP_SHARED | MAP_FIXED

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Callable
 from typing import NamedTuple, TypeVar
 
 from ambi.core.errors import InvalidRequest, NotFound
@@ -23,11 +24,12 @@ from hyper.vmm.config import Config, check, slots_of
 from hyper.vmm.console import Console
 from hyper.vmm.devices import build as build_devices
 from hyper.vmm.fill import fill
-from hyper.vmm.memory import GuestMemory
+from hyper.vmm.memory import GuestMemory, Region
 from hyper.vmm.pci import PORTS as PCI_PORTS
 from hyper.vmm.pci import WORDS as PCI_WORDS
 from hyper.vmm.pci import ConfigPorts
 from hyper.vmm.power import ResetLine, SleepControl
+from hyper.vmm.snapshot_memory import Look
 from hyper.vmm.uart import Uart
 from hyper.vmm.vcpus import Vcpus
 from hyper.vmm.virtio import mmio
@@ -44,6 +46,10 @@ NEEDED = (
 WORDS = (*PCI_WORDS, "i8042.nopnp=0")  # ACPI says that there is no keyboard controller: the kernel need not try its ports
 HOTPLUG_SLOT = 7  # the memory slot of the region of memory that comes later
 REGISTER_SLOT = 8  # the memory slot of the virtio register pages; RAM has those below, windows of devices those above
+
+
+def _reader(look: Look, region: Region, offset: int) -> Callable[[int, int], bytes | bytearray]:
+    return lambda at, length: look.read(region, at, length // layout.PAGE, offset + at)
 
 
 class Ending(NamedTuple):
@@ -197,11 +203,13 @@ class Machine:
         try:
             for transport in self.transports:
                 transport.save()  # so that nothing writes, in the kernel neither
-            for piece, memory in zip(self._pieces, self.ram, strict=True):
-                memory.share(fd, piece.offset)
+            look = None if config.pagemap < 0 else Look(config.pagemap, config.memory)
+            for region, piece, memory in zip(self.booted.regions, self._pieces, self.ram, strict=True):
+                memory.share(fd, piece.offset, _reader(look, region, piece.offset) if look else None)
             if self.grown:
                 self._share_region()
         except BaseException:
+            self.config = config._replace(pagemap=-1)  # which tells nothing of memory that is a file's in part
             os.close(fd)
             raise
         finally:
@@ -211,11 +219,13 @@ class Machine:
         return fd
 
     def _share_region(self) -> None:
-        region = self.memory.regions[-1].memory
+        place = self.memory.regions[-1]
+        region = place.memory
         assert isinstance(region, Memory)
+        look = None if self.config.pagemap < 0 else Look(self.config.pagemap)
         own = memfd.sized("guest memory", region.size)
         try:
-            region.share(own, 0)
+            region.share(own, 0, _reader(look, place, 0) if look else None)
         except BaseException:
             os.close(own)
             raise

@@ -100,6 +100,32 @@ def test_memory_becomes_a_file_in_its_place(machine: Machine) -> None:
     assert os.fstat(fd).st_blocks * 512 < 4 * HUGE, "what was never touched takes no room"
 
 
+def test_what_is_not_there_is_not_touched(tmp_path: Path) -> None:
+    """Of a private copy of a file, the holes of which a fault would fill."""
+    template, pagemap = os.memfd_create("template"), os.open("/proc/self/pagemap", os.O_RDONLY)
+    size = 64 * layout.MIB
+    os.ftruncate(template, size)
+    for at in (0, 3 * HUGE, size - 4096):
+        os.pwrite(template, b"template", at)
+    blocks = os.fstat(template).st_blocks
+    (tmp_path / "kernel").write_bytes(raw_kernel(SPIN))
+    fds = [os.open("/dev/kvm", os.O_RDWR), os.open(tmp_path / "kernel", os.O_RDONLY), os.memfd_create("console")]
+    config = Config(
+        fds[0], fds[1], None, "", vcpus=1, memory_bytes=size, console=fds[2], memory=template, memory_shared=False
+    )
+    made = Machine(config._replace(pagemap=pagemap), Loop())
+    made.memory.write(3 * HUGE + 4096, b"guest")
+    made.memory.write(HUGE, b"guest")
+    fd = made.share_memory()
+    found = [os.pread(fd, 8, at).rstrip(b"\0") for at in (0, HUGE, 3 * HUGE, 3 * HUGE + 4096, size - 4096)]
+    assert found == [b"template", b"guest", b"template", b"guest", b"template"]
+    assert made.memory.read(3 * HUGE, 8) == b"template" and made.memory.read(HUGE, 5) == b"guest"
+    assert os.fstat(template).st_blocks <= blocks + 16, "the file has got what the guest wrote to, and no more"
+    made.close()
+    for opened in (*fds, template, pagemap):
+        os.close(opened)
+
+
 def test_filled_from_what_a_file_has() -> None:
     source = os.memfd_create("template")
     os.ftruncate(source, 3 * HUGE)
