@@ -130,7 +130,7 @@ def attach(app: App, instance: str, what: str) -> None:
 
 
 @volume.command("detach", cls=DockerCommand)
-@flags.switch("-f", "--force", help="Also while it is in use: who uses it has it until he lets go.")
+@flags.switch("-f", "--force", help="Also while it is in use: who uses it has it until he lets go; a disk is gone at once.")
 @click.argument("instance", metavar="INSTANCE", shell_complete=complete.running)
 @click.argument("target", metavar="TARGET")
 @pass_app

@@ -260,10 +260,12 @@ int attach_unmount(const struct workload *w, struct fields *fields, struct error
     struct attached *a = *at;
     if (runs(w) && run(w, NULL, a, force != 0, &id, e) < 0)
         return -1;
-    if (mount_is_disk(&a->mount))
+    if (mount_is_disk(&a->mount)) {
+        sync(); /* one that was in use has what was written so far */
         leave_disk(a->mount.source ? a->mount.source : "");
-    else
+    } else {
         write_file("/proc/sys/vm/drop_caches", "2"); /* so that the host's server forgets its files, too */
+    }
     *at = a->next;
     forget(a);
     return 0;
