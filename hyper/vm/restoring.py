@@ -25,7 +25,6 @@ from hyper.vm.saving import Line
 from hyper.vm.snapshots import Snapshot
 
 BESIDE = ".restored-"  # and the name of a disk: its copy until the guest runs
-ELSEWHERE = "restore it where it was made, or start the machine from its image: ambi start"
 
 
 def read(home: Path, plan: LaunchPlan) -> tuple[Snapshot, LaunchPlan]:
@@ -70,7 +69,7 @@ class Restoring:
         if snapshot.vmm != backend.name:
             raise Unsupported(
                 f"snapshot {snapshot.name} was made by another monitor: {snapshot.vmm}, here is {backend.name}",
-                hint=f"{ELSEWHERE}; `ambi doctor` shows which monitor runs here, and why",
+                hint=f"{snapshots.ELSEWHERE}; `ambi doctor` shows which monitor runs here, and why",
             )
         here = backend.words(kvm=self._kvm)
         for what in sorted({*here, *snapshot.words}):
@@ -78,13 +77,13 @@ class Restoring:
                 raise Unsupported(
                     f"snapshot {snapshot.name} was made with another {what}: {snapshot.words.get(what, 'none')},"
                     f" here is {here.get(what, 'none')}",
-                    hint=ELSEWHERE,
+                    hint=snapshots.ELSEWHERE,
                 )
         if set(snapshot.disks) != set(self._disks):
             raise Unsupported(
                 f"snapshot {snapshot.name} has the disks {', '.join(sorted(snapshot.disks))},"
                 f" and the machine {', '.join(sorted(self._disks))}",
-                hint=ELSEWHERE,
+                hint=snapshots.ELSEWHERE,
             )
 
     def _open_files(self) -> Files:

@@ -39,6 +39,7 @@ DIGEST = 32  # bytes
 MAX_MANIFEST = 1 << 20
 MAX_CHAIN = 16  # snapshots, of which all but the first are differences
 FICLONE = 0x40049409  # linux/fs.h
+ELSEWHERE = "restore it where it was made, or start the machine from its image: ambi start"
 AGAIN = "remove the snapshot, and make it again"
 _FIRST = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789")
 _REST = _FIRST | frozenset("_.-")
@@ -180,18 +181,24 @@ def digest_of(fd: int, by: Deadline) -> str:
 
 def _blocks(fd: int, size: int) -> Iterator[int]:
     """The numbers of the blocks that are not in a hole, ascending."""
-    at = done = 0
-    while at < size:
+    done = 0
+    for start, end in _extents(fd, size):
+        yield from range(max(done, start // BLOCK), -(-end // BLOCK))
+        done = -(-end // BLOCK)
+
+
+def _extents(fd: int, size: int) -> Iterator[tuple[int, int]]:
+    """What of a file is no hole, as (first byte, end), ascending."""
+    end = 0
+    while end < size:
         try:
-            start = os.lseek(fd, at, os.SEEK_DATA)
+            start = os.lseek(fd, end, os.SEEK_DATA)
         except OSError as error:
             if error.errno == errno.ENXIO:  # only a hole is left
                 return
             raise
-        at = os.lseek(fd, start, os.SEEK_HOLE)
-        end = -(-at // BLOCK)
-        yield from range(max(done, start // BLOCK), end)
-        done = end
+        end = os.lseek(fd, start, os.SEEK_HOLE)
+        yield start, end
 
 
 def copy(source: int, target: int, by: Deadline) -> None:
@@ -207,11 +214,12 @@ def copy(source: int, target: int, by: Deadline) -> None:
             raise
     size = os.fstat(source).st_size
     os.ftruncate(target, size)
-    for number in _blocks(source, size):
-        by.check("the copy of a disk")
-        block = os.pread(source, BLOCK, number * BLOCK)
-        if block != _ZEROS[: len(block)]:
-            write_all(target, block, number * BLOCK)
+    for start, end in _extents(source, size):
+        for at in range(start, end, BLOCK):
+            by.check("the copy of a disk")
+            piece = os.pread(source, min(BLOCK, end - at), at)
+            if piece != _ZEROS[: len(piece)]:
+                write_all(target, piece, at)
 
 
 def write_all(fd: int, data: bytes, offset: int) -> None:

@@ -64,9 +64,9 @@ class Control:
             answer["error"] = {"kind": "Internal", "message": f"{request.get('op')}: {error.strerror or error}"}
         self._send(answer)
 
-    def end(self, cause: str, detail: str = "") -> None:
+    def end(self, cause: str, detail: str = "", kind: str = "") -> None:
         """The last message: why this monitor ends."""
-        self._send({"event": "end", "cause": cause, "detail": detail[:MAX_DETAIL]})
+        self._send({"event": "end", "cause": cause, "detail": detail[:MAX_DETAIL], **({"kind": kind} if kind else {})})
 
     def _send(self, message: dict[str, Any]) -> None:
         """A driver that does not read, or is gone, is not waited for."""

@@ -53,10 +53,11 @@ def _reader(look: Look, region: Region, offset: int) -> Callable[[int, int], byt
 
 
 class Ending(NamedTuple):
-    """How a machine ended: a cause of PROTOCOL.md, and what there is to say about it."""
+    """How a machine ended: a cause of PROTOCOL.md, what there is to say about it, and the class of an error that it was."""
 
     cause: str
     detail: str = ""
+    kind: str = ""
 
 
 class Machine:

@@ -42,7 +42,7 @@ def run(config: Config) -> NoReturn:
         syscalls.load(os.getpid())
         ending = machine.run()
     except AmbiError as error:
-        ending = Ending("setup", error.message)
+        ending = Ending("setup", error.message, type(error).__name__)
     except Exception as error:  # whatever it is: the driver is told, and the process ends
         ending = Ending("internal", f"{type(error).__name__}: {error}")
     tell(config, control, ending)

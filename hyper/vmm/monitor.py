@@ -21,13 +21,14 @@ STRANGE = "the monitor's answer is damaged"
 class VmmMonitor:
     """Owns the control socket and the child. One request at a time."""
 
-    __slots__ = ("_cause", "_last", "_socket", "child", "hotplug_bytes", "origin")
+    __slots__ = ("_cause", "_error", "_last", "_socket", "child", "hotplug_bytes", "origin")
 
     def __init__(self, child: Child, sock: socket.socket, *, origin: str = BOOT, hotplug_bytes: int = 0) -> None:
         self.child = child
         self._socket = sock
         self._last = 0
         self._cause = ""
+        self._error: AmbiError | None = None
         self.origin = origin
         self.hotplug_bytes = hotplug_bytes
 
@@ -99,6 +100,8 @@ class VmmMonitor:
             cause = "".join(c for c in str(event.get("cause", "")) if c.isalnum() or c == "-")[:40]
             detail = "".join(c if c.isprintable() else " " for c in str(event.get("detail", "")))[:300].strip()
             self._cause = f"{cause}: {detail}" if detail else cause
+            if event.get("kind"):
+                self._error = errors.from_wire({"kind": str(event["kind"]), "message": detail or cause})
 
     def why(self) -> str:
         try:
@@ -107,6 +110,11 @@ class VmmMonitor:
         except AmbiError:  # there is nothing more to be read
             pass
         return self._cause
+
+    def error(self) -> AmbiError | None:
+        """Of a monitor that has ended because something was wrong with what it was given: what."""
+        self.why()
+        return self._error
 
     def close(self) -> None:
         self._socket.close()

@@ -10,12 +10,12 @@ import time
 from typing import ClassVar
 
 from ambi.core.deadline import Deadline
-from ambi.core.errors import Unavailable
+from ambi.core.errors import Corrupt, Unavailable
 from hyper.kvm.system import Kvm
 from hyper.vm.backend import Files, Place, Still
 from hyper.vm.hardware import Hardware
 from hyper.vm.monitor import Monitor, end
-from hyper.vm.snapshots import MEMORY, STATE, Snapshot
+from hyper.vm.snapshots import AGAIN, ELSEWHERE, MEMORY, STATE, Snapshot
 from hyper.vmm import snapshot as state_file
 from hyper.vmm.monitor import VmmMonitor
 from hyper.vmm.snapshot_memory import Chain
@@ -61,8 +61,11 @@ class VmmSnapshots:
             monitor.call("resume", by)  # answered once it runs
         except BaseException as error:
             monitor.child.kill()
-            why = monitor.why()
+            why, wrong = monitor.why(), monitor.error()
             end(monitor)
+            if wrong is not None:
+                wrong.hint = AGAIN if isinstance(wrong, Corrupt) else ELSEWHERE
+                raise wrong from error
             if isinstance(error, Unavailable) and why:
                 raise Unavailable(why) from error
             raise

@@ -84,11 +84,11 @@ def test_what_is_damaged_or_of_another_host_is_refused_and_changes_nothing(
             at = os.lseek(file.fileno(), 0, os.SEEK_DATA) + 100
             old = os.pread(file.fileno(), 1, at)
             os.pwrite(file.fileno(), bytes([old[0] ^ 1]), at)
-            with pytest.raises((Corrupt, Exception), match="damaged"), Undo() as undo:
+            with pytest.raises(Corrupt, match="damaged"), Undo() as undo:
                 rig.driver.restore(plan, home_of(plan, "two"), undo, Deadline.after(60), Loop())  # type: ignore[attr-defined]
             os.pwrite(file.fileno(), old, at)
     here = state_file.this_host
-    monkeypatch.setattr(state_file, "this_host", lambda found: here(found)._replace(model=1))
+    monkeypatch.setattr(state_file, "this_host", lambda found: here(found)._replace(model=here(found).model + 1))
     with pytest.raises(Unsupported, match="another processor"), Undo() as undo:
         rig.driver.restore(plan, home_of(plan, "two"), undo, Deadline.after(60), Loop())  # type: ignore[attr-defined]
     monkeypatch.undo()
