@@ -9,6 +9,7 @@ from ambi.core.driver import Problem
 from ambi.core.errors import AmbiError
 from ambi.core.plan import LaunchPlan, Layers
 from hyper import translate
+from hyper.vm import vsock
 
 MIN_MEMORY = 64 << 20
 MAX_VCPUS = 255
@@ -130,6 +131,8 @@ def _process(plan: LaunchPlan) -> Iterator[Problem]:
 
 def _rest(plan: LaunchPlan) -> Iterator[Problem]:
     linux = plan.config["linux"]
+    if wrong := vsock.problem(plan):
+        yield Problem(wrong, f"{vsock.ANNOTATION}={vsock.AUTO}")
     for name in REFUSED:
         if linux.get(name):
             yield Problem(f"linux.{name}: a virtual machine does not support it", HINT)

@@ -75,6 +75,7 @@ _CREATE: list[Callable[[Any], Any]] = [
     option("-w", "--workdir", metavar="DIR", help="Working directory inside."),
     option("-u", "--user", metavar="USER[:GROUP]", help="Names or numbers, looked up inside."),
     many("--group-add", metavar="GROUP", help="One more group of the process."),
+    many("--annotation", metavar="NAME=VALUE", help="Into its config.json; ambi.vsock=auto: sockets from a VM to its host."),
     many("-l", "--label", metavar="KEY[=VALUE]", help="Label the instance."),
     many("--label-file", metavar="FILE", help="Labels in FILE, a KEY=VALUE a line."),
     option("-h", "--hostname", metavar="NAME", help="Host name.  [default: the short ID]"),

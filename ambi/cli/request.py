@@ -125,6 +125,7 @@ def _host(flags: dict[str, Any], volumes: dict[str, Any]) -> dict[str, Any]:
         "Tmpfs": mounts.tmpfs(flags["tmpfs"]),
         "Mounts": [mounts.mount(text) for text in flags["mount"]],
         "StorageOpt": key_values("--storage-opt", (), flags["storage_opt"]),
+        "Annotations": key_values("--annotation", (), flags["annotation"]),
         "Sysctls": _sysctls(flags["sysctl"]),
         "Runtime": _runtime(flags["isolation"], flags["runtime"]),
     }

@@ -7,7 +7,7 @@ from typing import Any
 
 from ambi.core.errors import InvalidRequest
 from ambi.core.model import Isolation
-from ambi.engine import endpoints, healthcheck, ports
+from ambi.engine import annotation, endpoints, healthcheck, ports
 from ambi.engine.body import Body
 from ambi.engine.endpoints import SHARED
 from ambi.engine.types import CreateSpec
@@ -16,7 +16,7 @@ RUNTIMES = {"": Isolation.CONTAINER, "container": Isolation.CONTAINER, "runc": I
 
 # Fields that work, for both kinds unless _CONTAINER_ONLY has them; everything else must be neutral.
 _WORKS = """
-    AutoRemove Binds BlkioDeviceReadBps BlkioDeviceReadIOps BlkioDeviceWriteBps BlkioDeviceWriteIOps BlkioWeight
+    Annotations AutoRemove Binds BlkioDeviceReadBps BlkioDeviceReadIOps BlkioDeviceWriteBps BlkioDeviceWriteIOps BlkioWeight
     BlkioWeightDevice CapAdd CapDrop CgroupParent CgroupnsMode ConsoleSize ContainerIDFile CpuPeriod CpuQuota CpuShares
     CpusetCpus CpusetMems Devices Dns DnsOptions DnsSearch ExtraHosts GroupAdd Init IpcMode Links LogConfig MaskedPaths
     Memory MemoryReservation MemorySwap Mounts NanoCpus NetworkMode OomScoreAdj PidMode PidsLimit PortBindings Privileged
@@ -26,7 +26,6 @@ _WORKS = """
 _SUPPORTED = frozenset(_WORKS.split())
 # Fields that do not work, and Docker's flag for each.
 _REFUSED = {
-    "Annotations": "--annotation",
     "Cgroup": "HostConfig.Cgroup",
     "CpuRealtimePeriod": "--cpu-rt-period",
     "CpuRealtimeRuntime": "--cpu-rt-runtime",
@@ -90,6 +89,7 @@ def check_host(spec: CreateSpec) -> Isolation:
                 f"{_CONTAINER_ONLY[key]} is not supported for a VM",
                 hint="leave it out, or run it as a container: --isolation container",
             )
+    annotation.check(host, isolation)
     _check_restart(host)
     _check_modes(host, isolation)
     return isolation

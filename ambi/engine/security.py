@@ -7,6 +7,7 @@ import json
 from typing import Any, NamedTuple
 
 from ambi.core.errors import InvalidRequest
+from ambi.engine import annotation
 from ambi.engine.body import Body
 from ambi.linux.capabilities import NAMES
 from ambi.linux.seccomp_profile import default_profile
@@ -92,7 +93,7 @@ def seccomp(host: Body, options: SecurityOptions, names: tuple[str, ...]) -> dic
     if options.seccomp == "unconfined" or (host.flag("Privileged") and not options.seccomp):
         return None
     if not options.seccomp:
-        return _default(names)
+        return _default(names, annotation.has_vsock(host))
     if len(options.seccomp) > _PROFILE_LIMIT:
         raise InvalidRequest("--security-opt seccomp: the profile is larger than 1 MiB", hint="give a smaller profile")
     try:
@@ -103,9 +104,9 @@ def seccomp(host: Body, options: SecurityOptions, names: tuple[str, ...]) -> dic
 
 
 @functools.lru_cache(maxsize=64)
-def _default(names: tuple[str, ...]) -> dict[str, Any]:
+def _default(names: tuple[str, ...], vsock: bool) -> dict[str, Any]:
     """Shared between instances with the same capabilities; never changed by anyone."""
-    return default_profile(names)
+    return default_profile(names, vsock=vsock)
 
 
 _ARCHITECTURES = ["SCMP_ARCH_X86_64", "SCMP_ARCH_X86", "SCMP_ARCH_X32"]

@@ -12,7 +12,7 @@ from ambi.core.errors import InvalidRequest
 from ambi.core.model import InstanceId, Isolation
 from ambi.core.plan import File, LaunchPlan, Layers, Supervision
 from ambi.core.roots import Roots
-from ambi.engine import cgroups, logopts, mounts, netfiles, resources, security
+from ambi.engine import annotation, cgroups, logopts, mounts, netfiles, resources, security
 from ambi.engine.body import Body
 from ambi.engine.mountpoints import Point
 from ambi.engine.netnames import Names
@@ -103,7 +103,7 @@ def environment(config: Body) -> list[str]:
 def _annotations(host: Body) -> dict[str, str]:
     """What is removed at its end need not be written out before: see ambi/core/plan.py."""
     asked = {"ambi.init": host.flag("Init"), "ambi.disposable": host.flag("AutoRemove")}
-    return {name: "1" for name, wanted in asked.items() if wanted}
+    return {**annotation.wanted(host), **{name: "1" for name, wanted in asked.items() if wanted}}
 
 
 def _process(config: Body, host: Body, options: security.SecurityOptions) -> dict[str, Any]:

@@ -68,6 +68,7 @@ _WITH_CAPABILITY = {
 
 # Address families of socket(2): all but AF_ALG (38), the kernel's crypto parsers, and AF_VSOCK (40), the host of a VM.
 _FAMILIES = (("SCMP_CMP_LT", 38), ("SCMP_CMP_EQ", 39), ("SCMP_CMP_GT", 40))
+_VSOCK = (("SCMP_CMP_EQ", 40),)
 
 # personality(2): PER_LINUX, PER_LINUX32, both with UNAME26, and the query.
 _PERSONALITIES = (0x0, 0x8, 0x20000, 0x20008, 0xFFFFFFFF)
@@ -77,8 +78,9 @@ _CLONE_NAMESPACES = 0x7E020000
 _ENOSYS = 38
 
 
-def default_profile(capabilities: Iterable[str]) -> dict[str, Any]:
-    """The `linux.seccomp` object of config.json for a process whose bounding set is `capabilities` (`CAP_...` names)."""
+def default_profile(capabilities: Iterable[str], *, vsock: bool = False) -> dict[str, Any]:
+    """The `linux.seccomp` object of config.json for a process whose bounding set is `capabilities` (`CAP_...` names).
+    vsock: whether it may have sockets to the host of its VM."""
     held = set(capabilities)
     names = _ALWAYS.split()
     for capability, opened in _WITH_CAPABILITY.items():
@@ -86,7 +88,7 @@ def default_profile(capabilities: Iterable[str]) -> dict[str, Any]:
             names += opened.split()
     entries = [
         _allow(names),
-        *[_allow(["socket"], 0, op, value) for op, value in _FAMILIES],
+        *[_allow(["socket"], 0, op, value) for op, value in (*_FAMILIES, *(_VSOCK if vsock else ()))],
         *[_allow(["personality"], 0, "SCMP_CMP_EQ", value) for value in _PERSONALITIES],
     ]
     if "CAP_SYS_ADMIN" not in held:

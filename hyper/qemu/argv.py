@@ -38,7 +38,7 @@ def build(qemu: str, machine: Hardware, layers: int | None = None) -> list[str]:
         *_stream("agent", machine.agent), "-device", "virtio-serial-device,max_ports=2",
         "-device", f"virtserialport,nr=1,chardev=agent,name={PORT_NAME}",
     ]  # fmt: skip
-    argv += memory + _balloon(machine)
+    argv += memory + _balloon(machine) + _vsock(machine)
     return argv + _disks(machine, layers) + _shares(machine) + _nics(machine) + _volumes(machine)
 
 
@@ -54,6 +54,12 @@ def _balloon(machine: Hardware) -> list[str]:
     """What the guest does not use goes back to the host; of a copy of a template QEMU cannot give it: it would punch holes
     into the template's file, and may not."""
     return ["-device", "virtio-balloon-device,free-page-reporting=on"] if machine.memory is None else []
+
+
+def _vsock(machine: Hardware) -> list[str]:
+    if machine.vsock is None:
+        return []
+    return ["-device", f"vhost-vsock-device,guest-cid={machine.vsock.cid},vhostfd={machine.vsock.fd}"]
 
 
 def _cpu(machine: Hardware) -> list[str]:

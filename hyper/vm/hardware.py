@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from hyper.vm.layers import LayerDisk
+from hyper.vm.vsock import Vsock
 
 
 class Share(NamedTuple):
@@ -49,6 +50,7 @@ class Hardware(NamedTuple):
     tracing: whether somebody in the guest could look into tracefs.
     tsc_khz: the host's rate. words: further ones of the kernel's command line.
     hotplug_bytes: what the guest may get beyond memory_bytes while it runs, of a VMM that can do it.
+    vsock: sockets to the host, or None.
     memory: where it is not the VMM's own. blank: it becomes a template: disks, volumes and NICs are there for the guest,
     with nothing behind them, and their descriptors are not to be touched.
     """
@@ -72,6 +74,7 @@ class Hardware(NamedTuple):
     tracing: bool = True
     words: tuple[str, ...] = ()
     hotplug_bytes: int = 0
+    vsock: Vsock | None = None
     memory: Memory | None = None
     blank: bool = False
 
@@ -88,4 +91,5 @@ class Hardware(NamedTuple):
             *(share.fd for share in self.shares),
             *(fd for nic in self.nics for fd in (nic.fd, nic.vhost) if fd is not None and fd >= 0),
             *(volume.fd for volume in self.volumes),
+            *(() if self.vsock is None else (self.vsock.fd,)),
         )

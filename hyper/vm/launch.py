@@ -11,7 +11,7 @@ from ambi.core.loop import Loop
 from ambi.core.plan import Directory, LaunchPlan, Layers
 from ambi.core.undo import Undo
 from hyper import boot_files, probe, translate
-from hyper.vm import disk, jail, layers, nic, share, template
+from hyper.vm import disk, jail, layers, nic, share, template, vsock
 from hyper.vm.backend import Backend, Handles, Place
 from hyper.vm.cgroup import Cgroup, Limits
 from hyper.vm.console import Console
@@ -51,6 +51,9 @@ def launch(
         undo.add("close the agent's socket", agent.close)
         copies = restoring.disks if restoring else {}
         hardware = _hardware(plan, host, handles, servers, copies)._replace(console=console_fd, agent=agent_fd)
+        if sockets := vsock.take(plan):
+            handles.add(sockets.fd)
+            hardware = hardware._replace(vsock=sockets)
         network = _network(plan, undo, restoring)
         if network:
             hardware = hardware._replace(nics=_nics(network, host, handles))
@@ -65,6 +68,7 @@ def launch(
         line = restoring.line() if restoring else _line(backend, host, monitor, hardware)
         parts = Parts(monitor, console, cgroup, servers, network, line, host_mounts)
         machine = VirtualMachine(plan, parts, agent, loop, restoring)
+        machine.vsock_cid = hardware.vsock.cid if hardware.vsock else None
         undo.add("end the VM", machine.abandon)
         return machine
 

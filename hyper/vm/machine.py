@@ -81,6 +81,7 @@ class VirtualMachine:
         self._looks: list[Look] = []
         self._failure = ""
         self._deleted = False
+        self.vsock_cid: int | None = None  # its number at the host
         self._link = Link(loop, agent, parts.monitor.child.pidfd, self)
         loop.watch(parts.monitor.child.pidfd, POLLIN, self._vmm_ended)
         terminal = bool(plan.config["process"].get("terminal"))
@@ -372,7 +373,8 @@ class VirtualMachine:
             raise Corrupt("the guest's list of processes is damaged") from error
 
     def inspect(self) -> dict[str, Any]:
-        return self._parts.monitor.inspect(Deadline.after(ANSWER_S))
+        found = self._parts.monitor.inspect(Deadline.after(ANSWER_S))
+        return found if self.vsock_cid is None else {**found, "vsock_cid": self.vsock_cid}
 
     def _ask(self, kind: Type) -> Any:
         return self._link.wait(self._link.request(kind), Deadline.after(ANSWER_S), "the guest's agent").fields

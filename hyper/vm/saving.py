@@ -11,7 +11,7 @@ from ambi.core.deadline import Deadline
 from ambi.core.errors import AmbiError, Unsupported, from_os_error
 from ambi.core.plan import LaunchPlan, Layers
 from hyper import translate
-from hyper.vm import snapshots
+from hyper.vm import snapshots, vsock
 from hyper.vm.backend import Files, Handles, Snapshots
 from hyper.vm.monitor import Monitor
 from hyper.vm.snapshots import MEMORY, STATE, Snapshot
@@ -50,7 +50,12 @@ class Line:
 
 
 def refuse_shares(plan: LaunchPlan) -> None:
-    """Raises Unsupported for a machine with file trees by virtiofs."""
+    """Raises Unsupported for a machine with file trees by virtiofs, or with sockets to its host."""
+    if vsock.wanted(plan):
+        raise Unsupported(
+            "a virtual machine with sockets to its host cannot be saved",
+            hint=f"make it without --annotation {vsock.ANNOTATION}",
+        )
     if not translate.shares(plan):
         return
     mounts = (mount["destination"] for mount in plan.config.get("mounts") or () if translate.is_bind(mount))

@@ -47,7 +47,9 @@ def start(backend: Backend, hardware: Hardware, guest_dir: Path, place: Place, b
 
 def _fits(hardware: Hardware, templates: Templates) -> bool:
     """Whether a copy can be this machine: a file tree by virtiofs is a connection that no saved guest has, so it must be one
-    that the back-end can add."""
+    that the back-end can add; a connection to the host's sockets is none either."""
+    if hardware.vsock is not None:
+        return False
     layered = hardware.layers is not None and hardware.disk is not None
     return (templates.shares or (layered and not hardware.shares)) and os.environ.get(CHOICE) != "off"
 

@@ -14,7 +14,7 @@ from hyper.vm.backend import Place
 from hyper.vm.hardware import Hardware, Memory
 from hyper.vm.monitor import BOOT, SNAPSHOT, TEMPLATE
 from hyper.vmm import main
-from hyper.vmm.config import Config, Disk, Extent, Nic, Share, check, slots_of
+from hyper.vmm.config import Config, Disk, Extent, Nic, Share, Vsock, check, slots_of
 from hyper.vmm.layout import SLOTS, hotplug
 from hyper.vmm.monitor import VmmMonitor
 
@@ -80,6 +80,7 @@ def configure(hardware: Hardware, kvm: int) -> Config:
         console=hardware.console,
         agent=hardware.agent,
         control=hardware.control,
+        vsock=None if hardware.vsock is None else Vsock(*hardware.vsock),
         disks=tuple(disks),
         nics=tuple(_nic(nic.mac, nic.fd, nic.vhost, blank=hardware.blank) for nic in hardware.nics),
     )
@@ -114,6 +115,8 @@ def descriptors(config: Config) -> set[int]:
     found: set[int | None] = {config.kvm, config.kernel, config.initramfs, config.console, config.agent, config.control}
     found |= {config.memory, config.source, config.state, config.pagemap}
     found |= {fd for pair in config.chain for fd in pair}
+    if config.vsock is not None:
+        found.add(config.vsock.fd)
     for disk in config.disks:
         found |= {disk.fd, *(extent.fd for extent in disk.extents)}
     for nic in config.nics:

@@ -138,3 +138,36 @@ def test_doctor_knows_both_drivers(opened: Opened) -> None:
     assert checks["driver container"].status == checks["driver vm"].status == "ok"
     assert checks["layer form"].detail and checks["zygote"].status == "ok"
     assert time.time_ns() > opened.engine.info().started_ns
+
+
+def test_a_vm_that_grows_says_so_at_its_next_start(opened: Opened) -> None:
+    """The disk grows at once, and what was asked for is there after a restart, too."""
+    disk = {"StorageOpt": {"size": "200m"}, "Runtime": "vm", "NetworkMode": "none", "NanoCpus": 2_000_000_000}
+    config = {"Image": "busybox", "Cmd": ["sh", "-c", "df -k / | tail -1; nproc; exec sleep 1000"]}
+    id, _ = opened.engine.create(None, CreateSpec(config, disk, {}))
+    try:
+        opened.engine.start(id)
+        assert opened.engine.update(id, {"StorageOpt": {"size": "400m"}, "NanoCpus": 1_000_000_000}) == []
+        file = opened.roots.instance_data(id) / "upper" / "disk.img"
+        assert file.stat().st_size == 400 << 20
+        with pytest.raises(InvalidRequest, match="cannot shrink from 400 MiB to 300 MiB"):
+            opened.engine.update(id, {"StorageOpt": {"size": "300m"}})
+        opened.engine.restart(id, 0)
+        until(lambda: len(output(opened.engine, id).splitlines()) == 4, "what both runs say")
+        before, cpus_before, after, cpus_after = (line.split() for line in output(opened.engine, id).decode().splitlines())
+        assert int(after[1]) - int(before[1]) > 150 << 10 and (cpus_before, cpus_after) == (["2"], ["1"])
+        assert opened.engine.get(id).spec.host["StorageOpt"] == {"size": "400m"}
+    finally:
+        opened.engine.remove(id, force=True)
+
+
+def test_annotations_of_ours_are_checked_by_name(opened: Opened) -> None:
+    for runtime, value, text in (
+        ("container", "auto", "not supported for a container"),
+        ("vm", "x", "vsock=x is no number"),
+    ):
+        with pytest.raises(InvalidRequest, match=text):
+            created(opened.engine, "true", Runtime=runtime, Annotations={"ambi.vsock": value})
+    id = created(opened.engine, "true", Annotations={"com.example.note": "x"})
+    assert opened.engine.get(id).spec.host["Annotations"] == {"com.example.note": "x"}
+    opened.engine.remove(id)
