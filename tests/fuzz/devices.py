@@ -334,8 +334,7 @@ def _balloon_programs() -> list[bytes]:
     pages = _memory(DATA, struct.pack("<4I", *((RAM >> 12) + 9 + n for n in (3, 1, 2, 5))))
     return [
         b"\0" + pages + _request(0, (DATA, 16, 0)) + _request(1, (DATA, 8, 0)),
-        b"\1" + _memory(DATA, struct.pack("<HQHQ", 4, 7, 5, 9)) + _request(2, (DATA, 20, 0)) + b"H\0" + b"H\1",
-        b"\0" + _request(3, (RAM + 0x8000, 0x2000, WRITE), (RAM + 0xC000, 0x1000, WRITE)) + b"C\4\4\1\0\0\0",
+        b"\0" + _request(2, (RAM + 0x8000, 0x2000, WRITE), (RAM + 0xC000, 0x1000, WRITE)) + b"C\4\4\1\0\0\0",
     ]  # fmt: skip
 
 
@@ -372,7 +371,7 @@ def _net() -> Bench:
 
 def _balloon() -> Bench:
     balloon = Balloon()
-    return Bench(balloon, Sizes(balloon, lambda what: balloon.resize(what << 12), lambda _: balloon.ask()))
+    return Bench(balloon, Sizes(balloon, lambda what: balloon.resize(what << 12)))
 
 
 def _mem() -> Bench:

@@ -9,13 +9,12 @@ import pytest
 
 from hyper.vmm.memory import Buffer, GuestMemory
 from hyper.vmm.virtio import registers as reg
-from hyper.vmm.virtio.balloon import DEFLATE, F_REPORTING, F_STATS, INFLATE, Balloon
+from hyper.vmm.virtio.balloon import DEFLATE, F_REPORTING, INFLATE, REPORTS, Balloon
 from hyper.vmm.virtio.mem import ACK, BLOCK, ERROR, MIXED, NACK, PLUG, PLUGGED, STATE, UNPLUG, UNPLUG_ALL, UNPLUGGED, Mem
 from hyper.vmm.virtio.pmem import Pmem
 from tests.virtiokit import DATA, RAM, RAM_BYTES, Buffers, Driver
 
 PAGE = 4096
-STATISTICS, REPORTED = 2, 3
 
 
 class Counting(Buffer):
@@ -37,7 +36,7 @@ def with_balloon(features: int | None = None) -> tuple[Driver, Balloon, Counting
     balloon = Balloon()
     driver = Driver(balloon, memory=GuestMemory([(RAM, ram)]))
     driver.negotiate(features)
-    for index in range(2 + bool(driver.features & F_STATS) + bool(driver.features & F_REPORTING)):
+    for index in range(2 + bool(driver.features & F_REPORTING)):
         driver.enable(index)
     driver.write(reg.STATUS, 15)
     return driver, balloon, ram
@@ -68,37 +67,12 @@ def test_balloon_grows_and_shrinks() -> None:
 
 
 def test_free_pages_are_reported() -> None:
-    """Also where statistics were not agreed on, and the queue has another number."""
-    for features, index in ((None, REPORTED), (reg.F_VERSION_1 | F_REPORTING, REPORTED - 1)):
-        driver, balloon, ram = with_balloon(features)
-        driver.rings[index].add([Buffers(DATA + 0x10000, 2 * PAGE, True), Buffers(DATA + 0x20000, PAGE, True)])
-        driver.kick(index)
-        assert driver.rings[index].got() == [(0, 0)]
-        assert ram.discarded == [(DATA + 0x10000 - RAM, 2 * PAGE), (DATA + 0x20000 - RAM, PAGE)]
-        assert balloon.counters()["reported"] == 3 * PAGE
-        driver.close()
-
-
-def test_statistics() -> None:
-    driver, balloon, _ = with_balloon()
-    ring = driver.rings[STATISTICS]
-    piece = driver.readable(struct.pack("<HQHQHQ", 4, 1 << 30, 5, 2 << 30, 99, 7))
-    ring.add([piece])
-    driver.kick(STATISTICS)
-    assert balloon.statistics == {"free": 1 << 30, "total": 2 << 30}
-    assert ring.got() == [], "the buffer is the device's until it asks"
-    driver.transport.run(balloon.ask)
-    assert len(ring.got()) == 1
-    driver.memory.write(piece.address, struct.pack("<HQ", 4, 5))
-    ring.add([piece])
-    driver.kick(STATISTICS)
-    assert balloon.statistics["free"] == 5
-    state = driver.transport.save()
-    queues = state["queues"]
-    assert isinstance(queues, list) and queues[STATISTICS]["indices"] == {"next": 1, "used": 1}, "the held one is given back"
-    driver.transport.resume()
-    driver.turn()
-    assert balloon.statistics["free"] == 5
+    driver, balloon, ram = with_balloon()
+    driver.rings[REPORTS].add([Buffers(DATA + 0x10000, 2 * PAGE, True), Buffers(DATA + 0x20000, PAGE, True)])
+    driver.kick(REPORTS)
+    assert driver.rings[REPORTS].got() == [(0, 0)]
+    assert ram.discarded == [(DATA + 0x10000 - RAM, 2 * PAGE), (DATA + 0x20000 - RAM, PAGE)]
+    assert balloon.counters()["reported"] == 3 * PAGE
     driver.close()
 
 
@@ -123,8 +97,8 @@ def test_bad_page_numbers(content: bytes, why: str) -> None:
 @pytest.mark.parametrize(("address", "length"), [(DATA + 1, PAGE), (DATA, 100)])
 def test_bad_free_ranges(address: int, length: int) -> None:
     driver, _, ram = with_balloon()
-    driver.rings[REPORTED].add([Buffers(address, length, True)])
-    driver.kick(REPORTED)
+    driver.rings[REPORTS].add([Buffers(address, length, True)])
+    driver.kick(REPORTS)
     assert "no pages" in driver.transport.failure and not ram.discarded
     driver.close()
 
