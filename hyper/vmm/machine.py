@@ -327,17 +327,21 @@ class Machine:
         self._own(memory)
         self.memory.add(self.region.gpa, memory)
         self.grown = True
-        for transport in self.transports:
+        for transport in self._live():
             transport.run(transport.device.memory_changed)
 
     def resize_disk(self, serial: str) -> int:
         """Look at the size of the file behind the disk `serial` again, and tell the guest: bytes. Raises NotFound."""
-        for transport in self.transports:
+        for transport in self._live():
             device = transport.device
             if isinstance(device, Blk) and device.serial == serial:
                 transport.run(device.refresh)
                 return device.size
         raise NotFound(f"the machine has no disk {serial}")
+
+    def _live(self) -> list[mmio.Transport]:
+        """Those whose device is there."""
+        return [transport for slot, transport in enumerate(self.transports) if slot not in self._vacant]
 
     def _find(self, kind: type[D]) -> tuple[mmio.Transport, D] | None:
         return next(((t, t.device) for t in self.transports if isinstance(t.device, kind)), None)
