@@ -448,6 +448,22 @@ def test_pids_limit(rig: Rig) -> None:
     assert done.code != 0 and b"fork" in done.err
 
 
+def test_limits_change_while_it_runs(rig: Rig) -> None:
+    """Down, up, and away."""
+    with rig.started(["sleep", "1000"]) as running:
+        update: Any = running.created.update  # type: ignore[attr-defined]
+        use = ["sh", "-c", "dd if=/dev/zero of=/dev/null bs=60M count=1 2>/dev/null"]
+        for limit, code in ((30 << 20, 137), (120 << 20, 0)):
+            assert not update({"memory": {"limit": limit, "swap": limit}}, Deadline.after(30))
+            assert running.exec(use).code == code
+            assert running.created.usage().memory_limit_bytes == limit
+        update({"pids": {"limit": 4}}, Deadline.after(30))
+        many = ["sh", "-c", "for i in 1 2 3 4 5 6; do sleep 1 & done; wait"]
+        assert b"fork" in running.exec(many).err
+        update({"pids": {"limit": -1}}, Deadline.after(30))
+        assert running.exec(many).code == 0
+
+
 def test_usage_and_processes(idle: Running) -> None:
     idle.exec(["sh", "-c", "i=0; while [ $i -lt 20000 ]; do i=$((i+1)); done"])
     usage = idle.created.usage()
