@@ -71,8 +71,12 @@ def convert(chunks: Iterable[bytes], sink: Sink, limit_bytes: int, reading: Read
             )
         if entry.extents is None:
             sink.begin(entry.size, sparse=False)
-            for piece in reader.pieces():
-                sink.write(piece)
+            if (body := reader.whole()) is not None:
+                if body:
+                    sink.write(body)
+            else:
+                for piece in reader.pieces():
+                    sink.write(piece)
         else:
             sink.begin(entry.size, sparse=True)
             _sparse(reader, entry.extents, entry.size, sink)

@@ -111,6 +111,15 @@ class TarReader:
         while self._fill():
             self._position = len(self._chunk)
 
+    def whole(self) -> memoryview | None:
+        """The stored data of the entry that was yielded last, where one chunk has all of it; else `pieces` has."""
+        start, end = self._position, self._position + self._left
+        if end + self._padding > len(self._chunk):
+            return None
+        self._position = end + self._padding
+        self._left = self._padding = 0
+        return self._chunk[start:end]
+
     def pieces(self) -> Iterator[memoryview]:
         """The stored data of the entry that was yielded last, without what its header keeps as a map."""
         while self._left:

@@ -18,6 +18,7 @@ from images.layers.limits import MAX_DEPTH, MAX_ENTRIES, MAX_LINKS, MAX_NAME, MA
 from images.layers.tar import Entry
 
 _WHITEOUT, _META, _OPAQUE = b".wh.", b".wh..wh.", b".wh..wh..opq"
+_DOT = 0x2E
 OPAQUE_XATTR = (b"trusted.overlay.opaque", b"y")
 
 _NO_XATTRS: dict[bytes, bytes] = {}
@@ -67,10 +68,14 @@ class LayerTree:
     def __init__(self) -> None:
         self.root = Node("d", 0o755, 0)
         self.count = 1
-        self._parents: dict[bytes, Node] = {b"": self.root}  # directories by cleaned path; forgotten when one is replaced
+        self._parents: dict[bytes, Node] = {b"": self.root}  # by path, as written or cleaned; forgotten when one goes
 
     def add(self, entry: Entry) -> Node | None:
         """Put `entry` in its place. A file's node is returned so that its body can be set; None has no body."""
+        folder, _, name = entry.path.rpartition(b"/")
+        known = self._parents.get(folder)
+        if known is not None and name and name[0] != _DOT and len(name) <= MAX_NAME and len(entry.path) <= MAX_PATH:
+            return self._add(entry, known, name)  # almost every one
         parts = self._parts(entry.path)
         if _META in entry.path and any(part.startswith(_META) for part in parts):
             self._meta(parts)
@@ -85,6 +90,11 @@ class LayerTree:
         if name.startswith(_WHITEOUT):
             self._whiteout(parent, name[len(_WHITEOUT) :], entry.path)
             return None
+        if entry.path.endswith(name):
+            self._parents[folder] = parent
+        return self._add(entry, parent, name)
+
+    def _add(self, entry: Entry, parent: Node, name: bytes) -> Node | None:
         if entry.kind == "h":
             self._put(parent, name, self._target(entry))
             return None

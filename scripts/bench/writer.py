@@ -29,9 +29,10 @@ sys.path.insert(0, str(ROOT))
 from images.layers.ahead import Ahead  # noqa: E402
 from images.layers.convert import Converted, convert  # noqa: E402
 from images.layers.erofs import ErofsWriter  # noqa: E402
+from images.layers.worker import READ_BYTES  # noqa: E402
 from scripts.bench.common import debian  # noqa: E402
 
-CHUNK = 1 << 20
+CHUNK = READ_BYTES
 LIMIT = 64 << 30
 MIB = 1 << 20
 

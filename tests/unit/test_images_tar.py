@@ -224,6 +224,19 @@ def test_pax_times_are_exact() -> None:
         assert entry.mtime_ns == wanted
 
 
+def test_one_folder_by_many_spellings() -> None:
+    """A folder that was written so before is found as it was the first time, also after something else took its place."""
+    spelled = ("d/f", "d//f", "./d/f", "d/./f", "/d/f")
+    members = [member(name + str(number), b"%d" % number) for number in (1, 2) for name in spelled]
+    root = tree_of(tar_bytes(*members))
+    assert sorted(root.entries[b"d"].entries) == [b"f1", b"f2"] and list(root.entries) == [b"d"]
+    moved = tree_of(tar_bytes(*members, member("d", b"now a file"), symlink("d", "e"), *members))
+    assert sorted(moved.entries[b"e"].entries) == [b"f1", b"f2"] and moved.entries[b"d"].kind == "l"
+    for last in ("./..", "d/../f", "d/.wh..", "x" * 256, "d/" + "n" * 256, "./" * 2000 + "d/" + "n" * 200):
+        with pytest.raises(Corrupt):
+            tree_of(tar_bytes(member("./" * 2000 + "d/a", b""), *members, member(last, b"")))
+
+
 def test_depth_through_links_has_a_limit() -> None:
     tree = LayerTree()
     deep = "x/" * 1000
