@@ -139,17 +139,18 @@ def _parsed(options: dict[str, str]) -> tuple[int, list[str]]:
 
 
 def _with_address(options: dict[str, str], data: list[str]) -> list[str]:
-    """The kernel takes no names: `addr=` is an address. Raises NotFound for a name without one."""
+    """The kernel takes no names: `addr=` is an address, of IPv4 if there is one. Raises NotFound for a name without any."""
     name = _address(options)
     if not name:
         return data
     try:
-        address = str(socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)[0][4][0])
+        known = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
     except OSError as error:
         raise NotFound(
             f"error resolving passed in network volume address: lookup {name}: no such host",
             hint="see the name in -o o=addr=",
         ) from error
+    address = min(known, key=lambda row: row[0] != socket.AF_INET)[4][0]
     return [f"addr={address}", *(word for word in data if not word.startswith("addr="))]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from ambi.core.errors import InvalidRequest, NotFound, StorageFull, Unsupported
 from ambi.core.model import Isolation
 from ambi.core.roots import Roots
 from ambi.engine import localvolume as local
-from ambi.engine import mounts
+from ambi.engine import mountedvolumes, mounts
 from ambi.engine.body import Body
 from ambi.engine.localvolume import Volume
 from ambi.engine.mountpoints import Point, VolumeAsk
@@ -128,3 +129,14 @@ def test_what_is_asked_for_is_sorted_out() -> None:
     assert [(i.instance, i.readonly) for i in asked.inherits] == [("one", False), ("two", True)]
     for point in asked.points:
         assert Point.of(point.stored()) == point
+
+
+def test_the_name_of_a_server_becomes_an_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of IPv4 before IPv6, as docker has it; the words beside it stay in their order."""
+    rows = [(socket.AF_INET6, 1, 6, "", ("fd00::9", 0, 0, 0)), (socket.AF_INET, 1, 6, "", ("10.1.2.3", 0))]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **kwargs: rows)
+    options = {"type": "nfs", "device": ":/x", "o": "soft,addr=files.test,vers=4"}
+    words = ["soft", "addr=files.test", "vers=4"]
+    assert mountedvolumes._with_address(options, words) == ["addr=10.1.2.3", "soft", "vers=4"]
+    rows.pop()
+    assert mountedvolumes._with_address(options, words)[0] == "addr=fd00::9"
