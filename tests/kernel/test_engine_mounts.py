@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import tempfile
 import time
@@ -14,6 +16,7 @@ import pytest
 
 from ambi.linux import mount
 from tests.harness import EngineUnderTest
+from tests.rawclient import RawClient
 
 pytestmark = pytest.mark.needs("root")
 
@@ -110,6 +113,44 @@ def test_an_engine_that_was_killed_knows_them(engine: EngineUnderTest, box: str,
     out(engine, "restart", "-t", "0", box)
     assert set(shown(engine)) == {"/own"}, "a restart is without what was attached"
     assert out(engine, "exec", box, "ls", "/memory") == ""
+    out(engine, "volume", "rm", "memory")
+
+
+def inside(engine: EngineUnderTest, name: str = "box") -> set[str]:
+    """Where the instance has mounts below /late, by the kernel."""
+    pid = json.loads(engine.docker("inspect", name).stdout)[0]["State"]["Pid"]
+    places = [line.split()[4] for line in Path(f"/proc/{pid}/mountinfo").read_text().splitlines()]
+    return {place for place in places if place.startswith("/late")}
+
+
+@pytest.mark.parametrize("delay", [0.0, 0.002, 0.005, 0.01, 0.02, 0.04])
+def test_an_engine_that_dies_on_the_way(engine: EngineUnderTest, box: str, delay: float) -> None:
+    """What the kernel has is what the next engine knows, and a volume that is mounted is there."""
+    client = RawClient(engine.socket)
+    client.send("POST", f"/ambi/instances/{box}/mounts", {"Volume": "late:/late"})
+    time.sleep(delay)
+    engine.kill()
+    client.socket.close()
+    engine.start(vm=False)
+    known = {target for target in shown(engine) if target != "/own"}
+    assert inside(engine) == known
+    if known:
+        assert "volume is in use" in refused(engine, "volume", "rm", "late")
+        out(engine, "exec", box, "touch", "/late/x")
+        out(engine, "volume", "detach", box, "/late")
+    out(engine, "volume", "rm", "-f", "late")
+
+
+def test_a_shim_that_dies_lets_go(engine: EngineUnderTest, source: Path) -> None:
+    out(engine, "volume", "create", "-o", "type=tmpfs", "-o", "device=tmpfs", "-o", "o=size=1m", "memory")
+    out(engine, "run", "-d", "--name", "short", "--network", "none", "busybox", "sleep", "1000")
+    out(engine, "volume", "attach", "short", "memory:/memory")
+    os.kill(json.loads(engine.docker("inspect", "short").stdout)[0]["Ambi"]["ShimPid"], signal.SIGKILL)
+    assert out(engine, "wait", "short") == "137\n"
+    assert shown(engine, "short") == {}
+    out(engine, "start", "short")  # behind the sweep of the run before
+    assert not [place for place, _ in mount.table() if place.endswith("/memory/_data")]
+    out(engine, "rm", "-f", "short")
     out(engine, "volume", "rm", "memory")
 
 
