@@ -137,15 +137,16 @@ class VirtualMachine:
         self._keep_console()
         reason = self._failure or error.message
         last = self._parts.console.last_line()
-        text = f"cannot boot the virtual machine: {reason}" + (f": {last}" if last and last not in reason else "")
+        what = "restore" if self._restoring is not None else "boot"
+        text = f"cannot {what} the virtual machine: {reason}" + (f": {last}" if last and last not in reason else "")
         return type(error)(text, hint=f"its console: {self._plan.run_dir / CONSOLE_FILE}")
 
     def start(self, by: Deadline) -> None:
-        if self._running or self.init.exit is not None:
-            raise Conflict("the virtual machine has been started already")
-        if self._restoring is not None:
+        if self._restoring is not None and not self._running:
             self._go_on(self._restoring, by)
             return
+        if self._running or self.init.exit is not None:
+            raise Conflict("the virtual machine has been started already")
         items = translate.process(self._plan.config["process"], self._plan.config, stdin=self._plan.stdin)
         clock = self._set_clock()  # HELLO's may have waited for a guest that was not yet awake
         sent = time.monotonic()
@@ -169,13 +170,21 @@ class VirtualMachine:
             if message.kind is Type.OK:
                 self.init.renew()
 
-        answer = self._link.wait(self._link.request(Type.RESUME, ident=INIT_ID, done=taken), by, "the guest's agent")
+        clock = self._set_clock()
+        request = self._link.request(Type.RESUME, ident=INIT_ID, done=taken)
+        self._link.wait(clock, by, "the guest's agent")
+        try:
+            pid = self._link.wait(request, by, "the guest's agent").fields.number(1)
+        except Conflict:
+            if self.init.exit is None:  # else it has run to its end meanwhile
+                raise
+            pid = 0
         if restoring.snapshot.paused:
             self._link.wait(self._link.request(Type.THAW), by, "the guest's agent")
         self._parts.cgroup.limit(translate.cpu_limits(self._plan))
         restoring.take_place()
         self._running = True
-        self.init.started(answer.fields.number(1))
+        self.init.started(pid)
 
     def exec(self, process: dict[str, Any], stdin: bool, by: Deadline) -> GuestProcess:
         self._check_running()

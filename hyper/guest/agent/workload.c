@@ -370,8 +370,8 @@ struct process *workload_exec(struct workload *w, struct processes *all, uint32_
 
 struct process *workload_resume(struct workload *w, struct processes *all, uint32_t id, uint8_t *body, size_t length, struct error *e) {
     (void)body;
-    struct process *init = w->state == WORKLOAD_RUNNING && length == 0 ? process_find(all, id) : NULL;
-    if (!init || init->pid != w->pid || init->exited) {
+    struct process *init = length == 0 ? process_find(all, id) : NULL;
+    if (!init || init->pid != w->pid || init->exit_sent) {
         fail(e, "Conflict", "no workload runs in this guest that could go on");
         return NULL;
     }
