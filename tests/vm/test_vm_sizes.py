@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from ambi.core.errors import InvalidRequest, Unsupported
 from ambi.core.model import VmShape
 from hyper.guest import build
 from hyper.guest.initramfs import build_initramfs
-from hyper.vm import disk, guest_process
+from hyper.vm import disk, guest_process, template
 from tests import driverkit
 from tests.harness import guest_dir
 
@@ -125,3 +126,27 @@ def test_a_guest_whose_agent_hangs_writes_its_disk_and_powers_off(
     whole = plan._replace(guest_dir=guest_dir())
     with rig.started_plan(whole) as running:
         assert shell(running, "cat /file") == "written"
+
+
+def test_what_a_guest_that_booted_frees_goes_back_to_the_host(
+    rig: driverkit.Rig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """QEMU gives it back where the guest is no copy of a template."""
+    monkeypatch.setenv(template.CHOICE, "off")
+    with rig.started(["sleep", "1000"]) as running:
+        created: Any = running.created
+        status = Path(f"/proc/{created._parts.monitor.child.pid}/status")
+
+        def resident() -> int:
+            """MiB."""
+            return int(status.read_text().partition("RssAnon:")[2].split()[0]) >> 10
+
+        idle = resident()
+        shell(running, "dd if=/dev/zero of=/dev/null bs=128M count=1")
+        used = resident()
+        by = Deadline.after(SOON)
+        while resident() > used - 64:
+            by.check("free memory")
+            time.sleep(0.2)
+        with capsys.disabled():
+            print(f"\nidle {idle} MiB, used {used} MiB, freed {resident()} MiB")
