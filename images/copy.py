@@ -7,8 +7,8 @@
 
 Nothing is unpacked, and between registries nothing is written to the disk: a blob goes through memory in pieces and is
 hashed on its way, one that the target has is left out, one of the same registry is mounted. Layers of an archive wait in
-the ingest directory, for its list of contents may be its last member. Of an index the manifest for linux/amd64 is copied,
-with what refers to it where both places are registries.
+the ingest directory, for its list of contents may be its last member. Of an index the manifest for linux/amd64 is copied, or
+between registries the whole of it when that is asked for; what refers to what is copied goes with it there.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, Protocol
 
 from ambi.core.errors import AmbiError, Corrupt, InvalidRequest, NotFound
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from images.store import Store
 
 AT_ONCE = 3
+_MOST, _DEEPEST = 200, 3  # manifests of one index, and indexes in indexes
 _ARCHIVES = ("docker-archive", "oci-archive")
 _KNOWN = "docker://HOST/NAME, docker-archive:FILE, oci-archive:FILE, or the name of an image here"
 
@@ -71,10 +73,11 @@ class Source(Protocol):
     """One image. document: its manifest. name: what its place calls it. place: for messages. sources: where else it is."""
 
     place: str
-    document: Document
     name: Reference | None
     sources: list[Reference]
 
+    @property
+    def document(self) -> Document: ...
     def open(self, blob: Descriptor, told: Callable[[int], None]) -> Reader: ...
 
 
@@ -100,22 +103,30 @@ def copy(
     credentials: Mapping[str, Credentials],
     upload: BinaryIO | None = None,
     download: BinaryIO | None = None,
+    whole_index: bool = False,
     progress: ProgressSink = ignore,
 ) -> Copied:
     """Copy one image. credentials: by the domain of a registry. upload, download: the archives that are read and written.
+    whole_index: an index with every manifest that it lists, between registries.
 
     Raises NotFound, Corrupt, Unavailable, Forbidden, Unsupported, InvalidRequest; each names the place.
     """
     wanted, goal = place(source), place(target)
     if goal.name is not None and goal.name.digest and goal.kind != "registry":
         raise InvalidRequest(f"cannot copy to {target}: a digest cannot be chosen", hint="give a name and a tag")
+    if whole_index and (wanted.kind, goal.kind) != ("registry", "registry"):
+        raise InvalidRequest(
+            f"cannot copy every platform from {source} to {target}: archives and the store hold images for this host",
+            hint="leave --all away, or copy between registries: docker://HOST/NAME",
+        )
     if goal.kind == "store" and wanted.kind != "archive":
         return _into_store(store, wanted, source, goal, credentials, progress)
     with _opened(store, wanted, source, credentials, upload, progress) as found:
         if goal.kind == "registry":
             assert goal.name is not None
             with _repository(goal.name, credentials, "pull,push") as repository:
-                return _to_registry(found, repository, progress)
+                sending = _Sending(found, repository, progress)
+                return sending.index() if whole_index else sending.image()
         if goal.kind == "archive":
             if download is None:
                 raise InvalidRequest(f"cannot copy to {target}: there is nothing to write to", hint=f"{target}FILE")
@@ -184,8 +195,11 @@ class _FromRegistry:
         self.name: Reference | None = repository.reference
         self.sources = [repository.reference]
         self.place = repository.name
-        top = repository.manifest(repository.reference.digest or repository.reference.tag)
-        self.document = pull.choose(repository, top)
+        self.top = repository.manifest(repository.reference.digest or repository.reference.tag)
+
+    @cached_property
+    def document(self) -> Document:
+        return pull.choose(self.repository, self.top)
 
     def open(self, blob: Descriptor, told: Callable[[int], None]) -> Reader:
         return _Streamed(self.repository, blob, told)
@@ -296,76 +310,109 @@ class _Counted(io.FileIO):
 # Targets
 
 
-def _blobs(source: Source) -> tuple[Descriptor, list[Descriptor]]:
+def _blobs(document: Document, place: str) -> tuple[Descriptor, list[Descriptor]]:
     """The config and the distinct layers."""
-    what = f"manifest {source.document.digest} of {source.place}"
-    layers = source.document.body.get("layers")
+    what = f"manifest {document.digest} of {place}"
+    layers = document.body.get("layers")
     if not isinstance(layers, list):
         raise Corrupt(f"{what} is damaged: it has no list of layers")
-    config = descriptor(source.document.body.get("config"), what)
+    config = descriptor(document.body.get("config"), what)
     return config, list(dict.fromkeys(descriptor(entry, what) for entry in layers))
 
 
-def _to_registry(source: Source, repository: Repository, progress: ProgressSink) -> Copied:
-    config, layers = _blobs(source)
-    goal = repository.reference
-    if goal.digest and goal.digest != source.document.digest:
-        raise InvalidRequest(
-            f"cannot copy to {goal.familiar}: the manifest of {source.place} has the digest {source.document.digest}",
-            hint="give a tag",
-        )
-    froms = list(dict.fromkeys(x.path for x in source.sources if x.domain == goal.domain and x.path != goal.path))
-    telling, stop = threading.Lock(), threading.Event()
+class _Sending:
+    """One image, or an index, on its way to a registry."""
 
-    def tell(unit: str, status: str, done: int = 0, total: int = 0) -> None:
-        with telling:
-            progress(Progress(unit, status, done, total))
+    def __init__(self, source: Source, target: Repository, progress: ProgressSink) -> None:
+        self._source, self._target, self._progress = source, target, progress
+        self._telling, self._stop = threading.Lock(), threading.Event()
+        goal = target.reference
+        paths = [x.path for x in source.sources if x.domain == goal.domain and x.path != goal.path]
+        self._froms = list(dict.fromkeys(paths))
 
-    def send(blob: Descriptor) -> None:
-        if stop.is_set():
+    def image(self) -> Copied:
+        return self._named(self._source.document, self._manifest)
+
+    def index(self) -> Copied:
+        """An index with all that it lists; a manifest as it is."""
+        assert isinstance(self._source, _FromRegistry)
+        return self._named(self._source.top, self._tree)
+
+    def _named(self, document: Document, send: Callable[[Document, str], None]) -> Copied:
+        goal = self._target.reference
+        if goal.digest and goal.digest != document.digest:
+            raise InvalidRequest(
+                f"cannot copy to {goal.familiar}: the manifest of {self._source.place} has the digest {document.digest}",
+                hint="give a tag",
+            )
+        send(document, goal.tag or goal.digest)
+        return Copied(document.digest)
+
+    def _tree(self, document: Document, name: str, depth: int = 0) -> None:
+        """What an index lists goes first, and under its digest: a registry takes none whose manifests it has not."""
+        assert isinstance(self._source, _FromRegistry)
+        entries = document.body.get("manifests")
+        if entries is None:
+            self._manifest(document, name)
+            return
+        what = f"index {document.digest} of {self._source.place}"
+        if not isinstance(entries, list) or depth > _DEEPEST or len(entries) > _MOST:
+            raise Corrupt(f"{what} is damaged: its list of manifests is none, too long, or nested too deeply")
+        for entry in entries:
+            below = self._source.repository.manifest(descriptor(entry, what).digest)
+            self._tree(below, below.digest, depth + 1)
+        self._put(document, name)
+
+    def _manifest(self, document: Document, name: str) -> None:
+        config, layers = _blobs(document, self._source.place)
+        with ThreadPoolExecutor(AT_ONCE, "copy") as pool:
+            sent = [pool.submit(self._unless_stopped, blob) for blob in layers if not blob.urls]  # else at its address
+        for result in sent:
+            result.result()
+        self._blob(config)
+        self._put(document, name)
+
+    def _put(self, document: Document, name: str) -> None:
+        self._target.put_manifest(name, document.data, document.media_type)
+        if isinstance(self._source, _FromRegistry):
+            referrers.copy(self._source.repository, self._target, document.digest, self._blob)
+
+    def _tell(self, unit: str, status: str, done: int = 0, total: int = 0) -> None:
+        with self._telling:
+            self._progress(Progress(unit, status, done, total))
+
+    def _unless_stopped(self, blob: Descriptor) -> None:
+        if self._stop.is_set():
             return
         try:
-            _send(source, repository, blob, froms, tell)
+            self._blob(blob)
         except BaseException:
-            stop.set()
+            self._stop.set()
             raise
 
-    with ThreadPoolExecutor(AT_ONCE, "copy") as pool:
-        results = [pool.submit(send, blob) for blob in layers if not blob.urls]  # a foreign one is at its address
-    for result in results:
-        result.result()
-    _send(source, repository, config, froms, tell)
-    repository.put_manifest(goal.tag or goal.digest, source.document.data, source.document.media_type)
-    if isinstance(source, _FromRegistry):
-        referrers.copy(
-            source.repository, repository, source.document.digest, lambda blob: _send(source, repository, blob, froms, tell)
-        )
-    return Copied(source.document.digest)
-
-
-def _send(source: Source, repository: Repository, blob: Descriptor, froms: list[str], tell: Callable[..., None]) -> None:
-    short = blob.digest[7:19]
-    if repository.has_blob(blob.digest):
-        tell(short, "Layer already exists")
-        return
-    for path in froms[:2]:
+    def _blob(self, blob: Descriptor) -> None:
+        short = blob.digest[7:19]
+        if self._target.has_blob(blob.digest):
+            self._tell(short, "Layer already exists")
+            return
+        for path in self._froms[:2]:
+            try:
+                if self._target.mount(blob.digest, path):
+                    self._tell(short, f"Mounted from {path}")
+                    return
+            except AmbiError:  # we may not read there: it is sent
+                continue
+        reader = self._source.open(blob, lambda done: self._tell(short, "Copying", done, blob.size))
         try:
-            if repository.mount(blob.digest, path):
-                tell(short, f"Mounted from {path}")
-                return
-        except AmbiError:  # we may not read there: it is sent
-            continue
-    reader = source.open(blob, lambda done: tell(short, "Copying", done, blob.size))
-    try:
-        repository.upload(blob.digest, blob.size, reader)
-    finally:
-        reader.close()
-    tell(short, "Copied")
+            self._target.upload(blob.digest, blob.size, reader)
+        finally:
+            reader.close()
+        self._tell(short, "Copied")
 
 
 def _to_archive(source: Source, name: Reference | None, target: BinaryIO) -> Copied:
     """An archive as `save` writes it, blob by blob as they come. One that ends in an error is cut short."""
-    config, layers = _blobs(source)
+    config, layers = _blobs(source.document, source.place)
     tags = [name] if name is not None and name.tag else []
     with tarfile.open(fileobj=target, mode="w|", format=tarfile.PAX_FORMAT) as tar:
         save.directories(tar)

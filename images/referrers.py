@@ -2,7 +2,8 @@
 
 OCI distribution-spec 1.1, "Listing Referrers" and "Pushing Manifests with Subject": a registry that knows subjects lists
 them itself and says so at a push (`OCI-Subject`); for one that does not, a tag `sha256-HEX` names an index of them, which
-clients keep. Both are read and written here, in whichever way each of the two registries wants it.
+clients keep. Both are read and written here, in whichever way each of the two registries wants it. cosign's tags (`.sig`,
+`.att`, `.sbom` behind the same name) are older than both and are copied as they are.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from ambi.core.errors import Corrupt, NotFound, Unsupported
 from images.registry.client import Descriptor, Document, Repository, descriptor
 
 INDEX = "application/vnd.oci.image.index.v1+json"
+_COSIGN = (".sig", ".att", ".sbom")
 _MOST, _DEEPEST = 200, 4  # a signature of a bill of materials of an image is three deep
 
 
@@ -26,6 +28,8 @@ def copy(source: Repository, target: Repository, digest: str, send: Callable[[De
     seen, waiting = {digest}, [(digest, 1)]
     while waiting:
         subject, depth = waiting.pop()
+        for suffix in _COSIGN:
+            _tagged(source, target, fallback_tag(subject) + suffix, send)
         for entry in source.referrers(subject):
             own = descriptor(entry, f"list of referrers of {subject} in {source.name}")
             if own.digest in seen:
@@ -53,6 +57,16 @@ def _one(
     if target.put_manifest(found.digest, found.data, found.media_type) != subject:
         _list(target, subject, entry)
     return True
+
+
+def _tagged(source: Repository, target: Repository, tag: str, send: Callable[[Descriptor], object]) -> None:
+    try:
+        found = source.manifest(tag)
+    except NotFound:
+        return
+    for blob in _blobs(found, source.name):
+        send(blob)
+    target.put_manifest(tag, found.data, found.media_type)
 
 
 def _blobs(found: Document, name: str) -> list[Descriptor]:

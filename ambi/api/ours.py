@@ -5,7 +5,7 @@ POST /ambi/engine/stop                              204; the engine ends, instan
 GET  /ambi/doctor                                   [{name, status: ok|warning|problem, detail, hint}]
 POST /ambi/images/bootstrap?suite=&name=&packages=  progress; the last line is {"status": image id}
 POST /ambi/images/verify?repair=                    progress, and {"finding": {kind, name, problem, images, repaired, hint}}
-POST /ambi/images/copy?from=&to=                    an archive is the body or the answer; see `images.copy`
+POST /ambi/images/copy?from=&to=&all=               an archive is the body or the answer; see `images.copy`
 GET  /ambi/images/sbom?name=&format=                the document itself, `spdx` (default) or `cyclonedx`
 POST /ambi/instances/ID/mounts                      {"Volume": SOURCE:TARGET[:MODE]}: 204; for the rest of the run
 DELETE /ambi/instances/ID/mounts?target=&force=     204

@@ -72,22 +72,23 @@ def save(call: Call) -> None:
 
 
 def copy(call: Call) -> None:
-    """`from` and `to` in the words of `images.copy`; an archive comes as the body, or goes out as the answer."""
+    """`from` and `to` in the words of `images.copy`; an archive comes as the body, or goes out as the answer. `all`: the
+    whole of an index."""
     query = call.query
     source, target = query.text("from"), query.text("to")
     if not source or not target:
         raise InvalidRequest("from and to must name the places to copy between", hint="ambi image copy SOURCE TARGET")
-    images, credentials = call.engine.images, _by_domain(call)
+    images, credentials, whole = call.engine.images, _by_domain(call), query.flag("all")
     upload = io.BufferedReader(call.request.body, 1 << 20) if _is_archive(source) else None
     if _is_archive(target):
         archive = _Archive(call)
         with io.BufferedWriter(archive, 1 << 20) as download:
-            images.copy(source, target, credentials=credentials, upload=upload, download=download)
+            images.copy(source, target, credentials=credentials, upload=upload, download=download, whole_index=whole)
         if archive.stream is not None:
             archive.stream.end()
         return
     with ProgressStream(call) as progress:
-        copied = images.copy(source, target, credentials=credentials, upload=upload, progress=progress)
+        copied = images.copy(source, target, credentials=credentials, upload=upload, whole_index=whole, progress=progress)
         progress.line({"status": f"Digest: {copied.digest}"})
 
 

@@ -113,6 +113,7 @@ class ImageService:
         credentials: Mapping[str, Credentials],
         upload: BinaryIO | None = None,
         download: BinaryIO | None = None,
+        whole_index: bool = False,
         progress: ProgressSink = ignore,
     ) -> Copied:
         """One image between registries, archives and the store; see `images.copy`."""
@@ -125,6 +126,7 @@ class ImageService:
             credentials=credentials,
             upload=upload,
             download=download,
+            whole_index=whole_index,
             progress=progress,
         )
         if copied.image is not None:

@@ -609,6 +609,44 @@ def test_copies_keep_what_refers_to_an_image(store: Store, registry: FaultyRegis
         copy.copy(store, f"docker://{registry.address}/app:1", f"docker://{address}/x:1", credentials={})
 
 
+def test_a_whole_index_is_copied(store: Store, registry: FaultyRegistry, short_tmp: Path) -> None:
+    """Every platform, attestations, what refers to the index or to one of its manifests, and cosign's tags."""
+    listed: list[dict[str, Any]] = []
+    for number, machine in enumerate(("amd64", "arm64", "unknown")):
+        registry.add_image([layer(number)], machine)
+        media_type, data = registry.manifests[machine]
+        digest = "sha256:" + hashlib.sha256(data).hexdigest()
+        platform = {"os": "linux", "architecture": machine}
+        listed.append({"mediaType": media_type, "digest": digest, "size": len(data), "platform": platform})
+    listed[2]["annotations"] = {"vnd.docker.reference.type": "attestation-manifest"}
+    index = registry.add_manifest({"schemaVersion": 2, "mediaType": referrers.INDEX, "manifests": listed}, "1")
+    for subject in (index, listed[1]):
+        signed = _referrer(registry, subject, "application/signature", subject["digest"].encode())
+        entries = {"schemaVersion": 2, "mediaType": referrers.INDEX, "manifests": [signed]}
+        registry.add_manifest(entries, referrers.fallback_tag(subject["digest"]))
+    signature = registry.add_manifest(registry.add_image([layer(9)], "x"), referrers.fallback_tag(index["digest"]) + ".sig")
+    source = f"docker://{registry.address}/app:1"
+    with docker_registry(short_tmp / "registry") as address:
+        assert (
+            copy.copy(store, source, f"docker://{address}/app:1", credentials={}, whole_index=True).digest == index["digest"]
+        )
+        there = [*(entry["digest"] for entry in listed), referrers.fallback_tag(index["digest"]),
+                 referrers.fallback_tag(listed[1]["digest"]), signature["digest"]]  # fmt: skip
+        for name in there:
+            joined = f"{address}/app@{name}" if ":" in name else f"{address}/app:{name}"
+            found = pull.describe(reference.parse(joined), Credentials())
+            assert found.data == registry.manifests[name][1]
+        tag = referrers.fallback_tag(index["digest"]) + ".sig"
+        assert pull.describe(reference.parse(f"{address}/app:{tag}"), Credentials()).digest == signature["digest"]
+        assert store.pull(f"{address}/app:1").image.manifest == listed[0]["digest"]
+        copy.copy(store, source, f"docker://{address}/one:1", credentials={})
+        assert pull.describe(reference.parse(f"{address}/one:1"), Credentials()).digest == listed[0]["digest"]
+    for target in ("oci-archive:", "here:1"):
+        with pytest.raises(InvalidRequest, match="hold images for this host") as refused:
+            copy.copy(store, source, target, credentials={}, download=io.BytesIO(), whole_index=True)
+        assert refused.value.hint
+
+
 def test_refused_copies_leave_nothing(store: Store, registry: FaultyRegistry, short_tmp: Path) -> None:
     manifest = registry.add_image([layer(1)])
     blob = manifest["layers"][0]["digest"]

@@ -97,18 +97,19 @@ def _follow(response: Any, bar: Bar, verb: str) -> list[str]:
 
 
 @click.command("copy", cls=DockerCommand)
+@flags.switch("-a", "--all", "everything", help="Every platform of an index, and the index; between registries.")
 @flags.switch("-q", "--quiet", help="Print nothing.")
 @click.argument("source", shell_complete=complete.images)
 @click.argument("target")
 @pass_app
-def copy(app: App, source: str, target: str, quiet: bool) -> None:
+def copy(app: App, source: str, target: str, everything: bool, quiet: bool) -> None:
     """Copy an image between registries, archives and the store.
 
     SOURCE and TARGET are docker://HOST/NAME for a registry, docker-archive:FILE[:NAME] or oci-archive:FILE[:NAME] for an
     archive (FILE is - for a pipe), or the name of an image here. Nothing is unpacked.
     """
     (start, read), (goal, write) = _of_archive(source), _of_archive(target)
-    query = {"from": start, "to": goal}
+    query = {"from": start, "to": goal, **({"all": "1"} if everything else {})}
     if write and read:
         raise InvalidRequest("one archive is not copied to another", hint=f"load it first: ambi image copy {source} NAME")
     names = [text.removeprefix("docker://") for text in (source, target) if text.startswith("docker://")]
