@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from ambi.core.deadline import Deadline
 from ambi.core.errors import Conflict, InvalidRequest, from_os_error
 from ambi.core.model import Isolation, VmShape
 from ambi.engine import diskquota, request, resources
@@ -15,9 +16,10 @@ from ambi.engine.records import Record
 from ambi.engine.types import CreateSpec
 
 _LIMITS = frozenset((
-    "CpuPeriod", "CpuQuota", "CpuShares", "CpusetCpus", "CpusetMems", "Memory", "MemoryReservation", "MemorySwap",
+    "BlkioWeight", "CpuPeriod", "CpuQuota", "CpuShares", "CpusetCpus", "CpusetMems", "Memory", "MemoryReservation", "MemorySwap",
     "NanoCpus", "PidsLimit", "StorageOpt",
 ))  # fmt: skip
+GROW_S = 300.0  # 90 GiB more take a second under emulation, 2 TiB half a minute
 _BOTH = {"memory": ("limit", "swap"), "cpu": ("quota", "period")}  # written together, whichever changes
 
 
@@ -36,7 +38,7 @@ def update(core: Core, id: str, asked: dict[str, Any]) -> list[str]:
         warnings: list[str] = []
         if record.state.running and run is not None:
             if size:
-                run.connection.call("grow", disk_bytes=size, by=soon())
+                run.connection.call("grow", disk_bytes=size, by=Deadline.after(GROW_S))
             if limits:
                 warnings = _warnings(run.connection.call("update", resources=limits, by=soon()))
         _store(core, record, new)

@@ -93,6 +93,7 @@ class VirtualMachine:
         if restoring:
             self.init.hold()
             self._next_id = self._link.stale = restoring.snapshot.next_id
+            self._sizes.on_line = 0  # as many as when it was saved, which nobody has noted
 
     # from boot to the workload
 
