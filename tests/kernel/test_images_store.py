@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import gzip
 import hashlib
 import io
@@ -241,6 +242,23 @@ def test_a_full_disk_leaves_nothing(short_tmp: Path) -> None:
             store.close()
     finally:
         subprocess.run(["umount", place], check=True)
+
+
+def test_the_disk_begins_while_a_layer_comes(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what it says then stops the import."""
+    begun: list[int] = []
+    monkeypatch.setattr("images.importer._write_back", begun.append)
+    store.import_tar(io.BytesIO(tar_bytes(member("f", os.urandom(20 << 20)))), "a")
+    assert len(begun) >= 2 and len(set(begun)) == 2, "the blob and the layer file"
+    before = files(store)
+
+    def broken(_: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr("images.importer._write_back", broken)
+    with pytest.raises(AmbiError, match="cannot store the archive: Input/output error"):
+        store.import_tar(io.BytesIO(tar_bytes(member("f", os.urandom(20 << 20)))), "b")
+    assert files(store) == before
 
 
 def test_imports_at_once_share_what_is_equal(store: Store) -> None:
