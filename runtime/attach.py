@@ -17,11 +17,12 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, NoReturn
 
 from ambi.core.deadline import Deadline
-from ambi.core.errors import Conflict, InvalidRequest, NotFound, Unsupported
+from ambi.core.errors import Conflict, InvalidRequest, NotFound, Unsupported, from_os_error
 from ambi.linux import mount, paths, process
 from runtime import mounts, spawn
 
 _ESCAPES = (("\\040", " "), ("\\011", "\t"), ("\\012", "\n"), ("\\134", "\\"))  # of proc(5), mountinfo
+_ELSEWHERE = "attach it at another path"
 
 
 class Line(NamedTuple):
@@ -48,23 +49,25 @@ class Attachments:
             )
         if wanted.destination in self._numbers:
             raise Conflict(f"something is attached at {wanted.destination} already")
-        self._numbers[wanted.destination] = self._done(lambda: _attach(wanted, self._init, self._host), by)
+        self._numbers[wanted.destination] = self._done(
+            f"attach {wanted.describe()}", lambda: _attach(wanted, self._init, self._host), by
+        )
 
     def detach(self, destination: str, by: Deadline, *, force: bool) -> None:
         """See ambi.core.driver.Mountable."""
         number = self._numbers.get(destination)
         if number is None:
             raise NotFound(f"nothing is attached at {destination}")
-        self._done(lambda: _detach(number, self._init, force=force), by)
+        self._done(f"detach {destination}", lambda: _detach(number, self._init, force=force), by)
         del self._numbers[destination]
 
-    def _done(self, work: Callable[[], int], by: Deadline) -> int:
+    def _done(self, what: str, work: Callable[[], int], by: Deadline) -> int:
         """What `work` returns in a child. Raises what it raises there."""
         ours, theirs = spawn.Channel.pair()
-        child = spawn.clone(0, lambda: _live(theirs, work))
+        child = spawn.clone(0, lambda: _live(theirs, what, work))
         theirs.close()
         try:
-            message, _ = spawn.expect(ours, "done", by, "changing the mounts of a container")
+            message, _ = spawn.expect(ours, "done", by, f"cannot {what}")
             return int(message[1])
         finally:
             ours.close()
@@ -73,9 +76,9 @@ class Attachments:
             os.close(child.pidfd)
 
 
-def _live(channel: spawn.Channel, work: Callable[[], int]) -> NoReturn:
+def _live(channel: spawn.Channel, what: str, work: Callable[[], int]) -> NoReturn:
     def body(doing: list[str]) -> None:
-        doing.append("change the mounts of a container")
+        doing.append(what)
         channel.send("done", work())
 
     spawn.guarded(channel, body)
@@ -92,16 +95,27 @@ def _attach(entry: mounts.Mount, init: int, host: int | None) -> int:
     proc = paths.open_procfs()
     made = mounts.cloned(entry, host)
     mount.mount_setattr(made, propagation=entry.propagation or mount.MS_PRIVATE, recursive=True)
-    root = _enter(init)
-    if stat.S_ISDIR(os.fstat(made).st_mode):
-        target = paths.make_directories(root, entry.destination)
-    else:
-        target = paths.make_file(root, entry.destination)
-    if paths.filesystem_type(target) in (paths.PROC_SUPER_MAGIC, paths.SYSFS_MAGIC, paths.CGROUP2_SUPER_MAGIC):
-        raise InvalidRequest(f"cannot attach {entry.describe()}: that is a file system of the kernel")
+    target = _target(_enter(init), made, entry)
     mounts.set_attributes(made, entry)
     mount.move_mount(made, target)
     return _number_of(proc, made)
+
+
+def _target(root: int, made: int, entry: mounts.Mount) -> int:
+    """What to mount on, made where it is missing."""
+    directory, what = stat.S_ISDIR(os.fstat(made).st_mode), f"cannot attach {entry.describe()}"
+    try:
+        target = (paths.make_directories if directory else paths.make_file)(root, entry.destination)
+    except OSError as error:
+        if error.errno == errno.EROFS:
+            raise InvalidRequest(f"{what}: it is not there, and the root is read-only", hint=_ELSEWHERE) from error
+        raise from_os_error(what, error) from error
+    if stat.S_ISDIR(os.fstat(target).st_mode) != directory:
+        kinds = ("a directory", "a file") if directory else ("a file", "a directory")
+        raise InvalidRequest(f"{what}: the source is {kinds[0]}, and what is there {kinds[1]}", hint=_ELSEWHERE)
+    if paths.filesystem_type(target) in (paths.PROC_SUPER_MAGIC, paths.SYSFS_MAGIC, paths.CGROUP2_SUPER_MAGIC):
+        raise InvalidRequest(f"{what}: that is a file system of the kernel", hint=_ELSEWHERE)
+    return target
 
 
 def _number_of(proc: int, fd: int) -> int:

@@ -40,8 +40,10 @@ def attach(core: Core, id: str, volume: str) -> Point:
             core.volumes.hold_one(record, point)
             try:
                 run.connection.call("mount", mount=point.entry(), note=point.stored(), by=Deadline.after(CALL_S))
-            except BaseException:
+            except BaseException as error:
                 core.volumes.let_go(record, point)
+                if isinstance(error, AmbiError) and error.hint is None:
+                    raise type(error)(error.message, hint="attach it at another path") from error
                 raise
             with core.mutex:
                 run.mounts[point.target] = point

@@ -53,20 +53,26 @@ static int enter(const struct workload *w, struct error *e) {
 }
 
 /* Nothing is to lie over the kernel's own files: a link of the image may lead there. */
-static int refuse_proc(int root, const struct mount *m, struct error *e) {
+static int check_target(int root, int mounted, const struct mount *m, struct error *e) {
     struct statfs fs;
-    int fd = inside_open(root, m->destination, O_PATH, 0);
-    bool proc = fd >= 0 && fstatfs(fd, &fs) == 0 && fs.f_type == PROC_SUPER_MAGIC;
-    if (fd >= 0)
-        close(fd);
-    return proc ? fail(e, "InvalidRequest", "mount at %s: it is in /proc", m->destination) : 0;
+    struct stat here, source;
+    int result = 0, fd = inside_open(root, m->destination, O_PATH, 0);
+    if (fd < 0)
+        return 0; /* it is to be made */
+    if (fstatfs(fd, &fs) == 0 && fs.f_type == PROC_SUPER_MAGIC)
+        result = fail(e, "InvalidRequest", "mount at %s: it is in /proc", m->destination);
+    else if (fstat(fd, &here) == 0 && fstat(mounted, &source) == 0 && S_ISDIR(here.st_mode) != S_ISDIR(source.st_mode))
+        result = fail(e, "InvalidRequest", "mount at %s: one of source and destination is a directory, the other a file",
+                      m->destination);
+    close(fd);
+    return result;
 }
 
 static int attach_in_child(const struct workload *w, const struct mount *m, struct outcome *outcome) {
     int binds = open(BINDS, O_PATH | O_DIRECTORY | O_CLOEXEC);
     int fd = mounts_make(binds, m, -1, &outcome->error);
     int root = fd < 0 ? -1 : enter(w, &outcome->error);
-    if (root < 0 || refuse_proc(root, m, &outcome->error) < 0 || mounts_place(root, fd, m, &outcome->error) < 0)
+    if (root < 0 || check_target(root, fd, m, &outcome->error) < 0 || mounts_place(root, fd, m, &outcome->error) < 0)
         return -1;
     return mount_id(fd, &outcome->id) < 0 ? fail_errno(&outcome->error, errno, "cannot look at the mount") : 0;
 }

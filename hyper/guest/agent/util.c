@@ -40,6 +40,7 @@ static const char *kind_of(int number) {
     case EINVAL:
     case EXDEV:
     case ENOTDIR:
+    case EROFS:
     case ELOOP:
     case ENAMETOOLONG:
         return "InvalidRequest";
