@@ -9,6 +9,9 @@ from images import reference
 from images.database import Database
 from images.model import Image, Removed
 
+_ID_LENGTH = 64  # of an instance's
+_TOLD = 5
+
 
 def remove(database: Database, image: Image, name: str, *, force: bool, in_use: Callable[[str], list[str]]) -> list[Removed]:
     """Remove `image`, found as `name`: by name only that name, unless it is the last; by id the image."""
@@ -22,24 +25,26 @@ def remove(database: Database, image: Image, name: str, *, force: bool, in_use: 
     if canonical is not None and users:
         raise Conflict(
             f'conflict: unable to remove repository reference "{name}" (must force) - '
-            f"container {users[0][:12]} is using its referenced image {image.id[7:19]}",
-            hint=f"remove the instance first: `ambi rm {users[0][:12]}`",
+            f"container {_shown(users[0])} is using its referenced image {image.id[7:19]}",
+            hint=_hint(users),
         )
     repositories = {reference.parse(x).repository for x in everything}
     if canonical is None and not force and (len(repositories) > 1 or users):
         why = (
-            f"image is being used by container {users[0][:12]}" if users else "image is referenced in multiple repositories"
+            f"image is being used by container {_shown(users[0])}"
+            if users
+            else "image is referenced in multiple repositories"
         )
         raise Conflict(
             f"conflict: unable to delete {image.id[7:19]} (must be forced) - {why}",
-            hint=f"remove the instance first: `ambi rm {users[0][:12]}`" if users else "remove it by name, or use --force",
+            hint=_hint(users) if users else "remove it by name, or use --force",
         )
     if users:  # its instances need the layers: it only loses its names
         if not everything:
             raise Conflict(
                 f"conflict: unable to delete {image.id[7:19]} (cannot be forced) - "
-                f"image is being used by container {users[0][:12]}",
-                hint=f"remove the instance first: `ambi rm {users[0][:12]}`",
+                f"image is being used by container {_shown(users[0])}",
+                hint=_hint(users),
             )
         return _leave_to_users(database, image, everything)
     return remove_image(database, image)
@@ -56,6 +61,19 @@ def _others(canonical: str, names: list[str]) -> bool:
     own = reference.parse(canonical)
     rest = [reference.parse(name) for name in names if name != canonical]
     return any(not x.digest or x.repository != own.repository for x in rest) or bool(own.digest and rest)
+
+
+def _shown(user: str) -> str:
+    return user[:12] if len(user) == _ID_LENGTH else user
+
+
+def _hint(users: list[str]) -> str:
+    """Names whatever holds the image."""
+    ids = [_shown(user) for user in users if len(user) == _ID_LENGTH]
+    if not ids:
+        return "wait until it is there, and remove it first"
+    more = f" and {len(ids) - _TOLD} more" if len(ids) > _TOLD else ""
+    return f"remove what uses it first: `ambi rm {' '.join(ids[:_TOLD])}`{more}"
 
 
 def _with_it(canonical: str, names: list[str]) -> list[str]:

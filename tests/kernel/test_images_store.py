@@ -122,11 +122,13 @@ def test_digests_go_with_the_last_tag_of_their_repository(store: Store) -> None:
 
 def test_an_image_in_use_keeps_its_layers(store: Store) -> None:
     image = imported(store, "a")
-    used = lambda _: ["c" * 64]  # noqa: E731
+    used = lambda _: ["c" * 64, *["d" * 64] * 6]  # noqa: E731
     for name in ("a", image.id):
         with pytest.raises(Conflict, match="cccccccccccc") as refused:
             store.remove(name, in_use=used)
-        assert refused.value.hint
+        assert f"`ambi rm {'c' * 12} {'d' * 12} " in refused.value.hint and refused.value.hint.endswith(" and 2 more")
+    with pytest.raises(Conflict, match="container one that is being made is using"):
+        store.remove("a", in_use=lambda _: ["one that is being made"])
     assert [x.name for x in store.remove("a", force=True, in_use=used)] == ["a:latest"]
     with pytest.raises(Conflict, match="cannot be forced"):
         store.remove(image.id, force=True, in_use=used)
