@@ -128,6 +128,20 @@ def split(answer: bytes) -> tuple[int, dict[str, str], bytes]:
     return int(lines[0].split()[1]), dict(line.split(": ", 1) for line in lines[1:]), rest
 
 
+def test_a_route_may_have_a_second_name_at_its_end() -> None:
+    routes = (
+        Route("DELETE", "/things/{}/parts/{}", echo),
+        Route("DELETE", "/things/{}", fail),
+        Route("GET", "/things/{}/parts", drip),
+    )
+    router = Router(routes)
+    assert router.match("DELETE", "/v1.44/things/a/parts/b?x=1")[::2] == (echo, "a/b")
+    assert router.match("DELETE", "/things/a%3A1/parts/b.c")[::2] == (echo, "a:1/b.c")
+    assert router.match("GET", "/things/a/parts")[::2] == (drip, "a")
+    for path in ("/things/a", "/things/a/parts/", "/things/a/others/b", "/things/a/parts/b/c"):
+        assert router.match("DELETE", path).handler is fail
+
+
 def test_versions_names_and_common_headers(path: Path) -> None:
     status, headers, rest = split(talk(path, get("/v1.30/things/a%2Fb/c:1/json?x=1")))
     assert status == 200 and json.loads(rest) == {"name": "a/b/c:1", "version": [1, 30], "sum": None}
