@@ -158,6 +158,7 @@ _LIMITS: list[Callable[[Any], Any]] = [
     option("-c", "--cpu-shares", type=int, metavar="WEIGHT", help="Share of CPU time when it is scarce."),
     option("--cpuset-cpus", metavar="LIST", help="CPUs to run on, as 0-1,3."),
     option("--cpuset-mems", metavar="LIST", help="Memory nodes to use, as 0-1."),
+    option("--blkio-weight", type=click.IntRange(10, 1000), metavar="WEIGHT", help="Share of block I/O when it is scarce."),
     option("--pids-limit", type=int, metavar="NUMBER", help="Most processes and threads, -1 for no limit."),
     option("--restart", metavar="POLICY", help="no, always, unless-stopped or on-failure[:N]."),
     many("--storage-opt", metavar="NAME=VALUE", help="size=BYTES: a larger disk of a VM."),

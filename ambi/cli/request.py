@@ -158,6 +158,7 @@ def changes_of(flags: dict[str, Any]) -> dict[str, Any]:
         "CpuShares": flags["cpu_shares"],
         "CpusetCpus": flags["cpuset_cpus"],
         "CpusetMems": flags["cpuset_mems"],
+        "BlkioWeight": flags["blkio_weight"],
         "PidsLimit": flags["pids_limit"],
         "RestartPolicy": policies.restart(flags["restart"]) if flags["restart"] else None,
         "StorageOpt": key_values("--storage-opt", (), flags["storage_opt"]),

@@ -10,7 +10,7 @@ from ambi.core import words
 from ambi.core.deadline import Deadline
 from ambi.core.errors import AmbiError, Conflict, InvalidRequest, Unavailable
 from ambi.core.model import ExecId, Status
-from ambi.engine import names, spec
+from ambi.engine import names, netnames, spec
 from ambi.engine.attach import CALL_S, wire
 from ambi.engine.body import Body
 from ambi.engine.core import Core
@@ -85,7 +85,7 @@ def start(core: Core, exec_id: str, wanted: StartRequest) -> None:
         item.answered.clear()
     body = Body("ExecConfig", item.config)
     try:
-        request = _fields(record, item, body, wanted)
+        request = _fields(core, record, item, body, wanted)
         if wanted.write_head is not None:
             wanted.write_head()
     except BaseException:
@@ -106,7 +106,7 @@ def start(core: Core, exec_id: str, wanted: StartRequest) -> None:
         item.pid = int(answer.get("pid") or 0)
 
 
-def _fields(record: Record, item: ExecRecord, body: Body, wanted: StartRequest) -> dict[str, Any]:
+def _fields(core: Core, record: Record, item: ExecRecord, body: Body, wanted: StartRequest) -> dict[str, Any]:
     """The fields of `exec`. Framing follows the start request, the terminal follows the exec."""
     tty, stdin = body.flag("Tty"), False
     attach = None
@@ -117,7 +117,7 @@ def _fields(record: Record, item: ExecRecord, body: Body, wanted: StartRequest) 
         if keys and how.detach_keys is None:
             how = how._replace(detach_keys=words.detach_keys(keys))
         attach = wire(how, stdin=stdin, tty=tty, pending=wanted.pending)
-    process = spec.exec_process(record.row.spec, body)
+    process = spec.exec_process(record.row.spec, body, netnames.env_of(core.networks, record))
     rows, columns = wanted.size or _console_size(body) or (0, 0)
     if tty and rows > 0 and columns > 0:
         process["consoleSize"] = {"height": rows, "width": columns}

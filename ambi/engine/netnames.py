@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from ambi.core.errors import AmbiError, Conflict, NotFound
 from ambi.core.plan import LaunchPlan
 from ambi.core.roots import Roots
+from ambi.engine import linkenv, ports
 from ambi.engine.endpoints import split_link
 from ambi.engine.netstate import Endpoint
 from ambi.engine.records import Record
@@ -31,7 +32,7 @@ class Names(NamedTuple):
 
     own: its addresses. links: address and names of each instance that it is linked to on the default bridge.
     servers: the gateways that answer for its networks, () for the host's own resolvers. gateway: what `host-gateway` means.
-    whole: path to content of files that are taken over from another instance.
+    whole: path to content of files that are taken over from another instance. env: variables of the links, see linkenv.
     """
 
     own: tuple[str, ...] = ()
@@ -39,6 +40,7 @@ class Names(NamedTuple):
     servers: tuple[str, ...] = ()
     gateway: str = ""
     whole: dict[str, str] = {}
+    env: tuple[str, ...] = ()
 
 
 def of(networks: Networks, record: Record) -> Names:
@@ -47,20 +49,37 @@ def of(networks: Networks, record: Record) -> Names:
     own = tuple(a.address for e in endpoints if e.nic for a in e.nic.addresses)
     servers: tuple[str, ...] = ()
     links: list[tuple[str, str]] = []
+    env: list[str] = []
     for endpoint in endpoints:
         network = networks.find(endpoint.network)
         if network.name == DEFAULT_NETWORK:
-            links += _default_links(networks, record, endpoint)
+            for alias, other, address in _default_links(networks, record, endpoint):
+                words = dict.fromkeys((alias, other.row.spec.config.get("Hostname") or other.id[:12], other.name))
+                links.append((address, " ".join(words)))
+                own = other.row.spec.config.get("Env") or ()
+                env += linkenv.variables(record.name, alias, address, ports.exposed(other.row.spec), own)
         if not servers and serves(network):
             servers = tuple(pool.gateway for pool in network.pools[:2])
     gateways = [a.gateway for e in endpoints if e.nic and e.nic.default_route for a in e.nic.addresses if a.gateway]
     wanted = any("host-gateway" in text for text in record.row.spec.host.get("ExtraHosts") or ())
     gateway = gateways[0] if gateways else networks.default().pools[0].gateway if wanted else ""
-    return Names(own, tuple(links), servers, gateway)
+    return Names(own, tuple(links), servers, gateway, env=tuple(env))
 
 
-def _default_links(networks: Networks, record: Record, endpoint: Endpoint) -> list[tuple[str, str]]:
-    """On the default bridge a link is a line of /etc/hosts, and what it names must run."""
+def env_of(networks: Networks, record: Record) -> tuple[str, ...]:
+    """The variables of the links that an exec has, too; () when one of them leads nowhere now."""
+    if not record.row.spec.host.get("Links"):
+        return ()
+    try:
+        return of(networks, record).env
+    except AmbiError as error:
+        log.info("%s: its links: %s", record.id[:12], error)
+        return ()
+
+
+def _default_links(networks: Networks, record: Record, endpoint: Endpoint) -> list[tuple[str, Record, str]]:
+    """On the default bridge a link is a line of /etc/hosts and some variables, and what it names must run: alias, whom it
+    names, and the address of that."""
     found = []
     for text in endpoint.links:
         name, alias = split_link(text)
@@ -70,8 +89,7 @@ def _default_links(networks: Networks, record: Record, endpoint: Endpoint) -> li
             raise Conflict(f"Cannot link to /{other.name}, as it does not belong to the default network")
         if there.nic is None:
             raise Conflict(f"Cannot link to a non running container: /{other.name} AS /{record.name}/{alias}")
-        words = dict.fromkeys((alias, other.row.spec.config.get("Hostname") or other.id[:12], other.name))
-        found.append((there.nic.addresses[0].address, " ".join(words)))
+        found.append((alias, other, there.nic.addresses[0].address))
     return found
 
 

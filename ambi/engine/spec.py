@@ -5,6 +5,7 @@ Pure but for reading the host's devices and resolver settings, so it also serves
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
@@ -53,7 +54,7 @@ def prepare(
     options = security.parse_options(host)
     oci = {
         "ociVersion": "1.0.2",
-        "process": _process(config, host, options),
+        "process": _process(config, host, options, net.env if net is not None else ()),
         "root": {"path": "rootfs", "readonly": host.flag("ReadonlyRootfs")},
         "hostname": config.text("Hostname"),
         "domainname": config.text("Domainname"),
@@ -87,14 +88,14 @@ def plan(
     )
 
 
-def environment(config: Body) -> list[str]:
-    """Docker's own variables, replaced in place by those of the config, then the rest of the config's.
+def environment(config: Body, linked: Sequence[str] = ()) -> list[str]:
+    """Docker's own variables and those of links, replaced in place by those of the config, then the rest of the config's.
 
     A name without a value takes Docker's own away.
     """
     own = config.strings("Env")
     values = {item.partition("=")[0]: item for item in own}
-    base = [DEFAULT_PATH, f"HOSTNAME={config.text('Hostname')}"] + (["TERM=xterm"] if config.flag("Tty") else [])
+    base = [DEFAULT_PATH, f"HOSTNAME={config.text('Hostname')}"] + (["TERM=xterm"] if config.flag("Tty") else []) + [*linked]
     names = {item.partition("=")[0] for item in base}
     merged = [values.get(item.partition("=")[0], item) for item in base]
     return [x for x in merged + [x for x in own if x.partition("=")[0] not in names] if "=" in x]
@@ -106,12 +107,12 @@ def _annotations(host: Body) -> dict[str, str]:
     return {**annotation.wanted(host), **{name: "1" for name, wanted in asked.items() if wanted}}
 
 
-def _process(config: Body, host: Body, options: security.SecurityOptions) -> dict[str, Any]:
+def _process(config: Body, host: Body, options: security.SecurityOptions, linked: Sequence[str]) -> dict[str, Any]:
     process: dict[str, Any] = {
         "terminal": config.flag("Tty"),
         "user": _user(config.text("User"), host.strings("GroupAdd")),
         "args": list(argv_of(config.data)),
-        "env": environment(config),
+        "env": environment(config, linked),
         "cwd": config.text("WorkingDir") or "/",
         "capabilities": security.capability_sets(security.capabilities(host)),
         "noNewPrivileges": options.no_new_privileges,
@@ -179,8 +180,8 @@ def _namespaces(host: Body) -> list[dict[str, str]]:
     return [{"type": kind} for kind in kinds]
 
 
-def exec_process(spec: CreateSpec, config: Body) -> dict[str, Any]:
-    """The OCI `process` of an exec: Docker's ExecConfig over the instance's own settings.
+def exec_process(spec: CreateSpec, config: Body, linked: Sequence[str] = ()) -> dict[str, Any]:
+    """The OCI `process` of an exec: Docker's ExecConfig over the instance's own settings. linked: variables of its links.
 
     Privileged raises capabilities alone, as in Docker; the seccomp program stays the instance's.
     """
@@ -188,7 +189,7 @@ def exec_process(spec: CreateSpec, config: Body) -> dict[str, Any]:
     names = NAMES if config.flag("Privileged") else security.capabilities(host)
     own = config.strings("Env")
     taken = {item.partition("=")[0] for item in own}
-    env = [x for x in environment(base) if x.partition("=")[0] not in taken]
+    env = [x for x in environment(base, linked) if x.partition("=")[0] not in taken]
     if config.flag("Tty") and not any(x.startswith("TERM=") for x in env + own):
         env.append("TERM=xterm")
     process: dict[str, Any] = {

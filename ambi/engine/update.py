@@ -16,8 +16,8 @@ from ambi.engine.records import Record
 from ambi.engine.types import CreateSpec
 
 _LIMITS = frozenset((
-    "BlkioWeight", "CpuPeriod", "CpuQuota", "CpuShares", "CpusetCpus", "CpusetMems", "Memory", "MemoryReservation", "MemorySwap",
-    "NanoCpus", "PidsLimit", "StorageOpt",
+    "BlkioWeight", "CpuPeriod", "CpuQuota", "CpuShares", "CpusetCpus", "CpusetMems", "Memory", "MemoryReservation",
+    "MemorySwap", "NanoCpus", "PidsLimit", "StorageOpt",
 ))  # fmt: skip
 GROW_S = 300.0  # 90 GiB more take a second under emulation, 2 TiB half a minute
 _BOTH = {"memory": ("limit", "swap"), "cpu": ("quota", "period")}  # written together, whichever changes

@@ -211,6 +211,22 @@ def test_processes_of_another_container(engine: Networked) -> None:
     assert "No such container" in engine.refused("run", "--rm", "--pid", "container:nobody", "busybox", "true")
 
 
+def test_a_link_on_the_default_bridge_is_known_by_variables(engine: Networked) -> None:
+    ports = ("--expose", "5432", "--expose", "53/udp")
+    engine.ok("run", "-d", "--name", "server", *ports, "-e", "PW=a=b", "busybox", "sleep", "1000")
+    address = engine.inspect("server")["NetworkSettings"]["IPAddress"]
+    link = ("--link", "server:my-db")
+    engine.ok("run", "-d", "--name", "client", *link, "-e", "MY_DB_ENV_PW=own", "busybox", "sleep", "1000")
+    for argv in (["exec", "client", "env"], ["run", "--rm", "--name", "client2", *link, "busybox", "env"]):
+        seen = engine.ok(*argv).splitlines()
+        assert f"MY_DB_PORT=udp://{address}:53" in seen and f"MY_DB_PORT_5432_TCP=tcp://{address}:5432" in seen
+        assert f"MY_DB_PORT_5432_TCP_ADDR={address}" in seen and "MY_DB_PORT_53_UDP_PROTO=udp" in seen
+        assert f"MY_DB_NAME=/{'client' if argv[0] == 'exec' else 'client2'}/my-db" in seen
+        assert ("MY_DB_ENV_PW=own" if argv[0] == "exec" else "MY_DB_ENV_PW=a=b") in seen
+    engine.ok("kill", "server")
+    assert not any(line.startswith("MY_DB_PORT") for line in engine.ok("exec", "client", "env").splitlines())
+
+
 def test_shared_memory_of_another_container(engine: Networked) -> None:
     """`--ipc container:NAME`: its namespace and its /dev/shm, also of one that shares itself; they outlive the first one."""
     look = ["sh", "-c", "cat /dev/shm/word; readlink /proc/self/ns/ipc; df /dev/shm | tail -n 1"]

@@ -7,7 +7,7 @@ import pytest
 from ambi.api import network_shapes
 from ambi.core.errors import AmbiError, Forbidden, InvalidRequest
 from ambi.core.model import Isolation
-from ambi.engine import endpoints, ports
+from ambi.engine import endpoints, linkenv, ports
 from ambi.engine.addressing import Addresses
 from ambi.engine.netstate import Endpoint, decode
 from ambi.engine.types import CreateSpec
@@ -176,3 +176,12 @@ def test_a_network_as_docker_shows_it() -> None:
         "Config": [{"Subnet": "10.9.0.0/24", "Gateway": "10.9.0.1"}],
     }
     assert shown["Containers"] == {} and shown["Options"] == {} and shown["Scope"] == "local" and not shown["Internal"]
+
+
+def test_variables_of_a_link() -> None:
+    ports = ["80/udp", "90/tcp", "80/tcp"]
+    found = linkenv.variables("web", "my-db", "10.0.0.2", ports, ["A=b=c", "PATH=/", "BARE"])
+    assert found[:2] == ["MY_DB_PORT=tcp://10.0.0.2:80", "MY_DB_PORT_80_TCP=tcp://10.0.0.2:80"]
+    assert "MY_DB_PORT_80_UDP_PROTO=udp" in found
+    assert found[-2:] == ["MY_DB_NAME=/web/my-db", "MY_DB_ENV_A=b=c"]
+    assert linkenv.variables("web", "x", "10.0.0.2", [], []) == ["X_NAME=/web/x"]
