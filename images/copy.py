@@ -116,8 +116,8 @@ def copy(
         raise InvalidRequest(f"cannot copy to {target}: a digest cannot be chosen", hint="give a name and a tag")
     if whole_index and (wanted.kind, goal.kind) != ("registry", "registry"):
         raise InvalidRequest(
-            f"cannot copy every platform of {source.rstrip(':')} to {target.rstrip(':')}: archives and the store hold images for"
-            " this host",
+            f"cannot copy every platform of {source.rstrip(':')} to {target.rstrip(':')}: archives and the store hold images"
+            " for this host",
             hint="leave --all away, or copy between registries: docker://HOST/NAME",
         )
     if goal.kind == "store" and wanted.kind != "archive":

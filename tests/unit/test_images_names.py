@@ -11,7 +11,7 @@ import pytest
 from ambi.core.errors import Corrupt, InvalidRequest, Unsupported
 from images import times
 from images.changes import apply_changes
-from images.database import VERSION, Database
+from images.database import _MIGRATIONS, VERSION, Database
 from images.reference import parse
 
 D = "sha256:" + "a" * 64
@@ -99,7 +99,7 @@ def test_an_older_database_is_copied_and_migrated(tmp_path: Path, monkeypatch: p
     path = tmp_path / "images.db"
     Database(path).close()
     monkeypatch.setattr("images.database.VERSION", VERSION + 1)
-    monkeypatch.setattr("images.database._MIGRATIONS", ("ALTER TABLE images ADD COLUMN extra TEXT;",))
+    monkeypatch.setattr("images.database._MIGRATIONS", (*_MIGRATIONS, "ALTER TABLE images ADD COLUMN extra TEXT;"))
     Database(path).close()
     db = sqlite3.connect(path)
     assert "extra" in [row[1] for row in db.execute("PRAGMA table_info(images)")]
