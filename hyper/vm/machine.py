@@ -302,8 +302,13 @@ class VirtualMachine:
             snapshots.discard(home)
             self._wake()
             raise
-        self._loop.later(0, lambda: self._link.fail("it was saved, and then ended"))
+        self._loop.later(0, self._end_saved)
         return manifest
+
+    def _end_saved(self) -> None:
+        """What it has said before it was saved is not said again when it goes on, so it is taken."""
+        self._link.drain()
+        self._link.fail("it was saved, and then ended")
 
     def _check_saving(self) -> None:
         self._check_alive()
