@@ -373,13 +373,17 @@ class Store:
         return removed
 
     def prune(self, fits: Callable[[Image], bool], *, everything: bool = False, in_use: InUse) -> tuple[Removals, int]:
-        """Remove unused images for which `fits` holds: untagged ones, or with `everything` all; and the bytes freed."""
+        """Remove unused images for which `fits` holds: untagged ones, or with `everything` all; and the bytes freed.
+
+        With `everything` what cut downloads have left goes as well, unless something is coming in.
+        """
         with self._mutex:
             removed: Removals = []
             for image in self.list():
                 if (everything or not image.names) and fits(image) and not in_use(image.id):
                     removed += removal.remove_image(self._database, image)
-            return removed, self._forget(removed)
+            freed = self.content.sweep_partial(time.time() + 1) if everything and not self._held else 0
+            return removed, self._forget(removed) + freed
 
     def _forget(self, removed: Sequence[Removed]) -> int:
         for item in removed:

@@ -235,6 +235,21 @@ def test_a_pull_that_failed_goes_on_later(store: Store, registry: FaultyRegistry
     assert not list((store.root / "partial").iterdir())
 
 
+def test_a_prune_of_everything_takes_what_was_cut(store: Store, registry: FaultyRegistry) -> None:
+    """It tells of its bytes; and takes nothing while something comes in."""
+    manifest = registry.add_image([layer(1)])
+    registry.cut = {f"/v2/app/blobs/{manifest['layers'][0]['digest']}": [50_000] + [0] * 10}
+    with pytest.raises(Unavailable, match="cannot be got"):
+        store.pull(f"{registry.address}/app:1")
+    (left,) = (store.root / "partial").iterdir()
+    taken = left.stat().st_blocks * 512
+    with store.hold(["sha256:" + "0" * 64]):
+        assert store.prune(lambda _: True, everything=True, in_use=lambda _: []) == ([], 0)
+    assert store.prune(lambda _: True, in_use=lambda _: []) == ([], 0) and left.exists()
+    assert store.prune(lambda _: True, everything=True, in_use=lambda _: []) == ([], taken) and taken >= 50_000
+    assert not left.exists()
+
+
 FAULTS: dict[str, tuple[int | None, dict[str, str], bytes | None, type[AmbiError], str]] = {
     "wrong bytes": (200, {}, b"x" * len(layer(2)[0]), Corrupt, "is damaged"),
     "too long": (200, {}, b"x" * 400_000, Corrupt, "is damaged"),
