@@ -41,7 +41,7 @@ READ_BYTES = 256 << 10
 def serve(fd: int, *, ahead: bool, load: str) -> NoReturn:
     """Jail this process, a child of the nursery, and do what is asked of it at `fd`. ahead: see `ahead`; load: a module."""
     status = 1
-    gc.disable()  # a tree of nodes has no cycles, and to look for some takes a tenth of the time
+    gc.disable()  # to look for cycles takes a tenth of the time, while nothing but the tree grows; see _serve
     try:
         if load:
             importlib.import_module(load)
@@ -69,6 +69,7 @@ def _serve(sock: socket.socket, thread: Ahead | None) -> None:
             break
         if "error" in answer:
             break
+        gc.collect()  # the root of a layer's inodes is its own parent
 
 
 def _answer(message: unix.Message, thread: Ahead | None) -> dict[str, Any]:

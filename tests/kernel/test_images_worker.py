@@ -179,6 +179,20 @@ def test_workers_run_jobs_until_one_fails(short_tmp: Path) -> None:
                     assert worker.converted().content_bytes == 1
 
 
+def test_a_worker_keeps_nothing_of_the_layers_before(short_tmp: Path) -> None:
+    archive = write_tar(short_tmp / "many.tar", *(member(f"d/{number}", b"") for number in range(8000)))
+    taken = []
+    with Worker() as worker:
+        for _ in range(8):
+            with open(archive, "rb") as source, open(short_tmp / "layer", "w+b") as target:
+                worker.start({"do": "erofs", "limit": 1 << 30}, source.fileno(), target.fileno())
+                assert worker.converted().entries == 8002
+            (jailed,) = Path(f"/proc/{worker.pid}/task/{worker.pid}/children").read_text().split()
+            status = Path(f"/proc/{jailed}/status").read_text()
+            taken.append(int(status.partition("VmRSS:")[2].split()[0]))
+    assert taken[-1] - taken[1] < 8000, f"KiB after each layer: {taken}"
+
+
 @pytest.mark.parametrize(
     "sent",
     [b"\xff\xff\xff\xff", b"\x02\x00\x00\x00{}", b"\x05\x00\x00\x00[1,2]", b'\x0b\x00\x00\x00{"data":-1}',
