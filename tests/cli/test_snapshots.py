@@ -171,14 +171,19 @@ def test_a_full_disk_leaves_nothing_and_the_machine_runs_on(short_tmp: Path, bus
         subprocess.run(["umount", base], check=True)
 
 
-def half_made(engine: EngineUnderTest, identity: str, name: str) -> subprocess.Popen[bytes]:
-    """A save that is under way: its files are there, and it has no name yet."""
+def begun(engine: EngineUnderTest, *args: str) -> subprocess.Popen[bytes]:
+    """`ambi`, without waiting for it."""
     roots = {"AMBI_SOCKET": str(engine.socket), "AMBI_DATA_ROOT": str(engine.data), "AMBI_RUN_ROOT": str(engine.run)}
-    saving = subprocess.Popen(
-        [str(AMBI), "snapshot", "save", name, "one"],
+    return subprocess.Popen(
+        [str(AMBI), *args],
         env={**engine.environment, **roots},
         stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
+
+
+def half_made(engine: EngineUnderTest, identity: str, name: str) -> subprocess.Popen[bytes]:
+    """A save that is under way: its files are there, and it has no name yet."""
+    saving = begun(engine, "snapshot", "save", name, "one")
     until((home(engine, identity) / ".new-one" / "state").exists)
     return saving
 
@@ -210,3 +215,21 @@ def test_an_engine_that_dies_in_the_middle_leaves_nothing(engine: EngineUnderTes
     more(engine, "alone")
     assert ok(engine, "snapshot", "save", "alone", "one") == "one\n"
     ok(engine, "rm", "-f", "alone")
+
+
+def test_a_death_in_the_middle_of_a_restore_leaves_the_disk_as_it_was(engine: EngineUnderTest) -> None:
+    identity = counting(engine, "back")
+    ok(engine, "snapshot", "save", "back", "one")
+    ok(engine, "exec", "back", "sh", "-c", "echo kept > /kept; sync")
+    ok(engine, "stop", "-t", "0", "back")
+    upper = home(engine, identity).parent / "upper"
+    before = (upper / "disk.img").stat().st_ino
+    restoring = begun(engine, "snapshot", "restore", "back", "one")
+    until((upper / ".restored-disk.img").exists)
+    os.kill(engine.shims()[identity], signal.SIGKILL)
+    assert restoring.wait(SECONDS) == 125
+    until(lambda: [path.name for path in upper.iterdir()] == ["disk.img"])
+    assert (upper / "disk.img").stat().st_ino == before and not state(engine, "back").startswith("running")
+    ok(engine, "start", "back")
+    assert ok(engine, "exec", "back", "cat", "/kept") == "kept\n"
+    ok(engine, "rm", "-f", "back")
