@@ -455,16 +455,18 @@ class VirtualMachine:
         left = by.remaining()
         soon = Deadline.after(POWER_OFF_S if left is None else min(left / 2, POWER_OFF_S))
         if not self._link.ended and not translate.disposable(self._plan):
-            self._power_off(soon)
+            self._power_off(soon, by)
         self.destroy()
 
-    def _power_off(self, by: Deadline) -> None:
+    def _power_off(self, soon: Deadline, by: Deadline) -> None:
+        """The agent has until `soon`, and then the kernel until `by`."""
         self._link.tell(Type.POWER_OFF, 0)
-        if self._ended(by):
+        if self._ended(soon):
             return
         for key, seconds in SYSRQ:
+            left = by.remaining()
             self._press(key)
-            if self._ended(Deadline.after(seconds)):
+            if self._ended(Deadline.after(seconds if left is None else min(seconds, left))):
                 return
 
     def _ended(self, by: Deadline) -> bool:
