@@ -88,8 +88,10 @@ def test_the_disk_grows_while_it_runs_and_at_the_next_start(rig: driverkit.Rig) 
     subprocess.run(["/sbin/e2fsck", "-fn", path], check=True, capture_output=True)
 
 
-def wedged_guest(directory: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+@pytest.fixture(scope="module")
+def wedged(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A guest directory whose agent neither signals nor powers off: as one that hangs."""
+    directory = tmp_path_factory.mktemp("wedged")
     sources = directory / "agent"
     shutil.copytree(build.SOURCES, sources)
     text = (sources / "main.c").read_text()
@@ -97,19 +99,20 @@ def wedged_guest(directory: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         assert text.count(old) == 1
         text = text.replace(old, new)
     (sources / "main.c").write_text(text)
-    monkeypatch.setattr(build, "SOURCES", sources)
     original = next(path for path in guest_dir().iterdir() if (path / "kernel.json").exists())
     kernel = directory / "guest" / original.name
     shutil.copytree(original, kernel, ignore=lambda _, names: [name for name in names if name.startswith("initramfs")])
-    build_initramfs(kernel)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(build, "SOURCES", sources)
+        build_initramfs(kernel)
     return kernel.parent
 
 
 @pytest.mark.parametrize("way", ["kill", "delete"])
 def test_a_guest_whose_agent_hangs_writes_its_disk_and_powers_off(
-    rig: driverkit.Rig, way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    rig: driverkit.Rig, way: str, wedged: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plan = rig.plan(["sleep", "1000"])._replace(guest_dir=wedged_guest(tmp_path, monkeypatch))
+    plan = rig.plan(["sleep", "1000"])._replace(guest_dir=wedged)
     monkeypatch.setattr(guest_process, "KILL_GRACE_S", 0.1)
     with rig.started_plan(plan) as running:
         shell(running, "echo written > /file")
