@@ -83,7 +83,7 @@ def _fill(core: Core, row: Row, points: tuple[Point, ...]) -> None:
 
 def _look(core: Core, record: Record) -> None:
     """By looking, the root is made with its mounts, and these are filled."""
-    run = core.shims.spawn(record)
+    run = core.shims.spawn(record, starts=False)
     run.failed = True  # one that is killed is swept after
     try:
         run.connection.call("tree", verb="stat", path="/", by=Deadline.after(_FILL_S))

@@ -79,8 +79,8 @@ class Shims:
                 record.run.connection.close()
         self._zygote.stop()
 
-    def spawn(self, record: Record) -> Run:
-        """A new shim for the next run of `record`, whose lock is held. Nothing has been started."""
+    def spawn(self, record: Record, *, starts: bool = True) -> Run:
+        """A new shim for the next run of `record`, whose lock is held. Nothing has been started. starts: it will be."""
         core = self._core
         run_dir = core.roots.instance_run(record.id)
         try:
@@ -93,6 +93,7 @@ class Shims:
             record.row.isolation.value,
             core.roots.instance_data(record.id),
             run_dir,
+            starts=starts,
             on_event=lambda event: self._on_event(record, run, event),
             on_close=lambda: self._on_close(record, run),
         )

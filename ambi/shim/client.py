@@ -259,10 +259,14 @@ class ZygoteClient:
         data_dir: Path,
         run_dir: Path,
         *,
+        starts: bool = True,
         on_event: Callable[[Event], None] | None = None,
         on_close: Callable[[], None] | None = None,
     ) -> ShimConnection:
-        """A new shim. It ends by itself when its connections end before anything was attached or started."""
+        """A new shim. It ends by itself when its connections end before anything was attached or started.
+
+        starts: whether it will start the instance; the one that is parked for a start is left to others else.
+        """
         ours, theirs = unix.pair()
         try:
             request = {
@@ -272,6 +276,7 @@ class ZygoteClient:
                 "data_dir": str(data_dir),
                 "run_dir": str(run_dir),
                 "run_root": str(self.run_root),
+                "starts": starts,
             }
             pid = self._call(request, [theirs.fileno()])["pid"]
         except BaseException:

@@ -154,7 +154,7 @@ class Zygote:
             raise InvalidRequest(f"spawn: wants one descriptor, not {len(message.fds)}")
         drivers.find(body["isolation"])
         wanted = {name: body[name] for name in SPAWN_FIELDS}
-        if body["isolation"] == PARKED_ISOLATION:
+        if body["isolation"] == PARKED_ISOLATION and body.get("starts", True):
             self._loop.later(PARK_AGAIN_SECONDS, self._park)
             parked, self._parked = self._parked, None
             if parked is not None and parked.give(wanted, message.fds[0]):

@@ -108,6 +108,20 @@ def test_a_volume_is_filled_when_its_instance_is_made(engine: EngineUnderTest) -
     out(engine, "volume", "rm", "early-0", "early-1")
 
 
+def test_filling_leaves_the_parked_shim_to_a_start(engine: EngineUnderTest) -> None:
+    def parked() -> list[str]:
+        zygote = engine.zygote()
+        children = Path(f"/proc/{zygote}/task/{zygote}/children").read_text().split()
+        return [pid for pid in children if pid not in map(str, engine.shims().values())]
+
+    wait_until(lambda: len(parked()) == 1)
+    (waiting,) = parked()
+    out(engine, "create", "--name", "calm", "-v", "calm:/data", "filled")
+    assert waiting in parked()
+    out(engine, "rm", "calm")
+    out(engine, "volume", "rm", "calm")
+
+
 def test_an_engine_that_dies_while_it_fills_a_volume(engine: EngineUnderTest) -> None:
     """Nothing stays but the volume that somebody else made, and whoever fills it next does it whole."""
     many = "mkdir /many && cd /many && i=0; while [ $i -lt 3000 ]; do : > $i; i=$((i+1)); done"
