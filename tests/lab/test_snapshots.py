@@ -19,6 +19,7 @@ from ambi.core.undo import Undo
 from hyper.vm import snapshots
 from hyper.vmm import snapshot as state_file
 from tests import driverkit
+from tests.cli.test_real_engine import OnDemand
 from tests.harness import guest_dir
 from tests.snapshotkit import COUNT, home_of, restored, save, until_more
 
@@ -108,3 +109,33 @@ def test_what_is_damaged_or_of_another_host_is_refused_and_changes_nothing(
     with restored(rig, plan, "two") as running:
         assert running.exec(["true"]).code == 0
     assert snapshots.children(home_of(plan, "x").parent, "one") == ["two"]
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory: pytest.TempPathFactory, busybox_tar: Path) -> Iterator[OnDemand]:
+    it = OnDemand(tmp_path_factory.mktemp("lab"))
+    it.start()
+    it.ok("import", str(busybox_tar), "bb")
+    yield it
+    it.destroy()
+
+
+def test_one_with_a_network_goes_on_with_another_address(engine: OnDemand) -> None:
+    engine.ok("network", "create", "one")
+    engine.ok("network", "create", "two")
+    engine.ok("run", "-d", "--isolation", "vm", "--name", "web", "--network", "one", "bb", "sleep", "100000")
+    engine.ok("exec", "web", "sh", "-c", "echo saved > /file")
+    engine.ok("snapshot", "save", "web", "s")
+    engine.ok("exec", "web", "sh", "-c", "echo later > /file")
+    engine.ok("network", "connect", "two", "web")
+    engine.ok("network", "disconnect", "one", "web")
+    engine.ok("snapshot", "restore", "--force", "web", "s")
+    address = engine.ok("inspect", "-f", "{{.NetworkSettings.Networks.two.IPAddress}}", "web").strip()
+    script = "cat /file; ip -o -4 addr; ping -c 1 -W 5 $(ip route | sed -n 's/default via \\([^ ]*\\).*/\\1/p')"
+    said = engine.ok("exec", "web", "sh", "-c", script)
+    assert said.startswith("saved\n") and f" {address}/" in said and said.count(" inet ") == 2, said
+    assert " 0% packet loss" in said, said
+    assert f"{address}\t" in engine.ok("exec", "web", "cat", "/etc/hosts")
+    assert engine.ok("inspect", "-f", "{{.Machine.started}}", "web") == "snapshot\n"
+    engine.ok("rm", "-f", "web")
+    engine.ok("network", "rm", "one", "two")
