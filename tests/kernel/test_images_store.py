@@ -342,7 +342,8 @@ def test_load_from_docker(store: Store) -> None:
         ("step 0", 1),
     ]
     names = files(store)
-    assert store.load(pack(docker_archive(one, two, tags=("app:1",)))) == [image]
+    (again,) = store.load(pack(docker_archive(one, two, tags=("app:1",))))
+    assert (again.id, again.names) == (image.id, ("app:1",)) and store.resolve(image.id) == image
     assert files(store) == names
 
 
