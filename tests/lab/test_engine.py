@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +12,9 @@ from tests.cli.test_real_engine import OnDemand
 
 SCRIPT = "cat /etc/passwd; id; pwd; echo $A; read x; echo got $x; echo error >&2; exit 42"
 RUN = ("run", "--rm", "-i", "-e", "A=b", "-u", "alice", "-w", "/made/here", "bb", "sh", "-c", SCRIPT)
+
+
+MORE_KIB = 8 << 10
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +48,42 @@ def test_a_life(engine: OnDemand, isolation: str) -> None:
     assert engine.ok("wait", isolation) == "5\n"
     assert engine.ok("logs", isolation) == "hello\nbye\n"
     engine.ok("rm", isolation)
+
+
+def test_one_more_idle_vm_costs_little_beside_its_own_pages(engine: OnDemand) -> None:
+    """PSS of monitor and shim, of what is not the guest's memory: the second of two copies of a template."""
+    for name in ("one", "more"):
+        engine.ok("run", "-d", "--isolation", "vm", "--name", name, "bb", "sleep", "100000")
+        assert json.loads(engine.ok("inspect", name))[0]["State"]["Running"]
+    monitor = max(pid for pid, name in ours() if name == "ambi-vmm")
+    shim = int(Path(f"/proc/{monitor}/stat").read_text().rpartition(")")[2].split()[1])
+    guest, rest = pss(monitor)
+    rest += sum(pss(shim))
+    print(f"one more VM: {guest / 1024:.1f} MiB of the guest's, {rest / 1024:.1f} MiB beside them (monitor and shim)")
+    assert guest > 0 and rest < MORE_KIB
+    engine.ok("rm", "-f", "one", "more")
+
+
+def ours() -> Iterator[tuple[int, str]]:
+    for home in Path("/proc").glob("[0-9]*"):
+        try:
+            name = (home / "comm").read_text().strip()
+        except OSError:
+            continue
+        if name.startswith("ambi"):
+            yield int(home.name), name
+
+
+def pss(pid: int) -> tuple[int, int]:
+    """KiB of the memory of a guest that is a copy of a template, and of all the rest of the process."""
+    guest = rest = 0
+    inside = False
+    for line in Path(f"/proc/{pid}/smaps").read_text().splitlines():
+        if line[0] in "0123456789abcdef":
+            inside = line.endswith("/memory") and "/templates/" in line
+        elif line.startswith("Pss:"):
+            guest, rest = (guest + int(line.split()[1]), rest) if inside else (guest, rest + int(line.split()[1]))
+    return guest, rest
 
 
 def test_doctor_finds_what_is_here(engine: OnDemand) -> None:
