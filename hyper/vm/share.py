@@ -248,7 +248,7 @@ def add(server: Server, bind: Bind, host_mounts: int | None) -> None:
         check_sources((bind,))
         fd = _cloned(bind)
         mount.mount_setattr(fd, propagation=mount.MS_SLAVE, recursive=True)
-        process.setns(server.child.pidfd, process.CLONE_NEWNS)
+        _enter(server)
         _make_entry(_writable_tree(), bind.name, fd)
         mount.move_mount(fd, mount.AT_FDCWD, f"/{bind.name}")
 
@@ -259,7 +259,7 @@ def remove(server: Server, name: str) -> None:
     """Undo `add`; what is open there stays with whoever has it. Idempotent. Raises an AmbiError."""
 
     def work() -> None:
-        process.setns(server.child.pidfd, process.CLONE_NEWNS)
+        _enter(server)
         tree = _writable_tree()
         try:
             info = os.stat(name, dir_fd=tree, follow_symlinks=False)
@@ -276,6 +276,15 @@ def remove(server: Server, name: str) -> None:
             os.unlink(name, dir_fd=tree)
 
     _apart(work, "cannot take a bind away")
+
+
+def _enter(server: Server) -> None:
+    """Into the mount namespace of who serves: a child of the process that we started."""
+    pid = server.child.pid
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    serves = os.pidfd_open(int(children[0]) if children else pid)
+    process.setns(serves, process.CLONE_NEWNS)
+    os.close(serves)
 
 
 def _apart(work: Callable[[], None], what: str) -> None:
