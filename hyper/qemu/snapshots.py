@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import time
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from ambi.core.deadline import Deadline
 from ambi.core.errors import Corrupt, Internal, Unavailable, Unsupported
@@ -21,7 +21,7 @@ from hyper.qemu.start import start
 from hyper.qemu.template import start_with_memory
 from hyper.vm.backend import Files, Place, Still
 from hyper.vm.hardware import Hardware, Memory
-from hyper.vm.monitor import SNAPSHOT, Monitor, end
+from hyper.vm.monitor import SNAPSHOT, Monitor, end, number
 from hyper.vm.snapshots import AGAIN, STATE, Snapshot
 
 BANDWIDTH = 1 << 40  # bytes a second, so as fast as the disk
@@ -104,8 +104,8 @@ def _part(monitor: QemuMonitor, by: Deadline) -> None:
     """Close the VMDK: nothing as large is in its place."""
     if monitor.layers is None:
         return
-    nodes = monitor.qmp.execute("query-named-block-nodes", by, flat=True)
-    size = next((it["image"]["virtual-size"] for it in nodes if it.get("node-name") == argv.EXTENTS), 0)
+    image = _nodes(monitor, by).get(argv.EXTENTS, {}).get("image")
+    size = number(image.get("virtual-size")) if isinstance(image, dict) else 0
     nothing = {"driver": "null-co", "node-name": NOTHING, "size": size, "read-only": True, "read-zeroes": True}
     monitor.parted = True
     monitor.qmp.execute("blockdev-add", by, **nothing)
@@ -117,7 +117,7 @@ def _join(monitor: QemuMonitor, by: Deadline) -> None:
     """Undo `_part`, also one that was not finished."""
     if not monitor.parted:
         return
-    nodes = {it.get("node-name") for it in monitor.qmp.execute("query-named-block-nodes", by, flat=True)}
+    nodes = _nodes(monitor, by)
     if argv.EXTENTS not in nodes:
         file = {"driver": "file", "read-only": True, "filename": f"/dev/fdset/{monitor.layers}"}
         vmdk = {"driver": "vmdk", "node-name": argv.EXTENTS, "read-only": True, "file": file}
@@ -126,6 +126,14 @@ def _join(monitor: QemuMonitor, by: Deadline) -> None:
         _read_from(monitor, argv.EXTENTS, by)
         monitor.qmp.execute("blockdev-del", by, **{"node-name": NOTHING})
     monitor.parted = False
+
+
+def _nodes(monitor: QemuMonitor, by: Deadline) -> dict[str, dict[str, Any]]:
+    """What QEMU tells of its block nodes, by name."""
+    answer = monitor.qmp.execute("query-named-block-nodes", by, flat=True)
+    if not isinstance(answer, list) or not all(isinstance(it, dict) for it in answer):
+        raise Unavailable("QEMU's answer about its disks is damaged")
+    return {str(it.get("node-name")): it for it in answer}
 
 
 def _read_from(monitor: QemuMonitor, node: str, by: Deadline) -> None:
