@@ -129,7 +129,7 @@ class Mountable(Protocol):
     """Of a Created: what is mounted in the running root for the rest of the run."""
 
     def attach(self, mount: dict[str, Any], by: Deadline) -> None:
-        """Mount one more: an entry of config.json's `mounts`, a bind or `ambi.disk`. What is missing of its destination is made.
+        """Mount one more: an entry of config.json's `mounts`, a bind or `ambi.disk`. A missing destination is made.
 
         Raises NotFound (the source), InvalidRequest (the destination), Conflict (something was attached there, it does not
         run, no room), Unsupported. Nothing is mounted then.
