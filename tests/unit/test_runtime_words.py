@@ -12,7 +12,7 @@ import pytest
 from ambi.core.errors import InvalidRequest, Unsupported
 from ambi.linux import capabilities, mount, paths
 from runtime import attach, devices, finish, mounts, users
-from runtime.cgroups import v1, v2
+from runtime.cgroups import blocks, v1, v2
 from runtime.cgroups.hierarchies import Hierarchies, Hierarchy, read_mounts
 
 # Mounts
@@ -215,7 +215,6 @@ LIMITS: dict[str, Any] = {
     "memory": {"limit": 100, "swap": 150, "reservation": 50, "swappiness": 10},
     "cpu": {"shares": 2048, "quota": 5000, "period": 10_000, "cpus": "0-1"},
     "pids": {"limit": -1},
-    "blockIO": {"weight": 500},
 }
 
 
@@ -227,15 +226,40 @@ def test_limits_of_version_1() -> None:
     assert _given(v1._settings(LIMITS)) == {
         "memory.limit_in_bytes": "100", "memory.memsw.limit_in_bytes": "150", "memory.soft_limit_in_bytes": "50",
         "memory.swappiness": "10", "cpu.shares": "2048", "cpu.cfs_period_us": "10000", "cpu.cfs_quota_us": "5000",
-        "cpuset.cpus": "0-1", "pids.max": "max", "blkio.weight": "500",
+        "cpuset.cpus": "0-1", "pids.max": "max",
     }  # fmt: skip
 
 
 def test_limits_of_version_2() -> None:
     assert _given(v2._settings(LIMITS)) == {
         "memory.max": "100", "memory.swap.max": "50", "memory.low": "50", "cpu.weight": str(v2.weight_of(2048)),
-        "cpu.max": "5000 10000", "cpuset.cpus": "0-1", "pids.max": "max", "io.weight": str(1 + 490 * 9999 // 990),
+        "cpu.max": "5000 10000", "cpuset.cpus": "0-1", "pids.max": "max",
     }  # fmt: skip
+
+
+def test_block_io(tmp_path: Path) -> None:
+    """Weights go to every scheduler that the kernel has; limits of devices need none."""
+    disk = {"major": 8, "minor": 16}
+    block = {
+        "weight": 500, "weightDevice": [{**disk, "weight": 10}], "throttleReadBpsDevice": [{**disk, "rate": 7}],
+        "throttleWriteIOPSDevice": [{**disk, "rate": 9}],
+    }  # fmt: skip
+    rates = {name: value for name, value in block.items() if name.startswith("throttle")}
+    for version in (blocks.v1, blocks.v2):
+        with pytest.raises(Unsupported, match="weight"):
+            version(str(tmp_path), block)
+        assert version(str(tmp_path), {}) == []
+    for name in ("blkio.bfq.weight", "io.weight", "io.bfq.weight"):
+        (tmp_path / name).touch()
+    assert [row[1:] for row in blocks.v1(str(tmp_path), block)] == [
+        ("blkio.bfq.weight", "500"), ("blkio.bfq.weight_device", "8:16 10"),
+        ("blkio.throttle.read_bps_device", "8:16 7"), ("blkio.throttle.write_iops_device", "8:16 9"),
+    ]  # fmt: skip
+    assert [row[1:] for row in blocks.v2(str(tmp_path), block)] == [
+        ("io.bfq.weight", "500"), ("io.bfq.weight", "8:16 10"), ("io.weight", str(1 + 490 * 9999 // 990)),
+        ("io.weight", "8:16 1"), ("io.max", "8:16 rbps=7"), ("io.max", "8:16 wiops=9"),
+    ]  # fmt: skip
+    assert len(blocks.v2("/no", rates)) == 2
 
 
 def test_zero_is_unset() -> None:
