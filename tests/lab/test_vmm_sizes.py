@@ -13,9 +13,13 @@ import pytest
 
 from ambi.core.deadline import Deadline
 from ambi.core.errors import Unsupported
+from ambi.core.roots import Roots
+from ambi.engine.types import CreateSpec
 from hyper import backends
 from hyper.vm.cgroup import Cgroup
 from tests.driverkit import Rig, Running
+from tests.harness import guest_dir
+from tests.kernel.test_engine_life import opened_with_busybox, output
 from tests.lab.test_vmm_devices import wait_until
 from tests.vm.test_vm_sizes import (
     SOON,
@@ -112,3 +116,34 @@ def test_what_the_guest_frees_goes_back_to_the_host(rig: Rig, capsys: pytest.Cap
             print(f"\nidle {idle} MiB, used {used} MiB, freed {anonymous(running)} MiB; {found['balloon2']} {found['mem3']}")
         assert found["balloon2"]["reported"] > USED // 2 * MIB
         assert running.created.inspect()["started"] == "template"  # type: ignore[attr-defined]
+
+
+def test_the_engine_asks_for_memory_and_the_next_start_has_it(busybox_tar: Path, short_tmp: Path) -> None:
+    roots = Roots.of(short_tmp / "data", short_tmp / "run", short_tmp / "run" / "ambi.sock")
+    for path in (roots.data, roots.run):
+        path.mkdir(mode=0o711)
+    roots.guest.symlink_to(guest_dir())
+    with opened_with_busybox(roots, busybox_tar) as opened:
+        engine = opened.engine
+        config = {"Image": "busybox", "Cmd": ["sh", "-c", "while :; do grep MemTotal /proc/meminfo; sleep 0.5; done"]}
+        host = {"NetworkMode": "none", "Runtime": "vm", "Memory": 100 << 20}
+        id, _ = engine.create(None, CreateSpec(config, host, {}))
+
+        def last() -> int:
+            """MiB."""
+            lines = output(engine, id).split(b"\n")[:-1]
+            return int(lines[-1].split()[1]) >> 10 if lines else 0
+
+        try:
+            engine.start(id)
+            wait_until(lambda: 150 < last() < 256)
+            assert engine.update(id, {"Memory": 500 * MIB, "MemorySwap": -1}) == []
+            wait_until(lambda: last() > 480)
+            with pytest.raises(Unsupported, match="this host has no more") as caught:
+                engine.update(id, {"Memory": 1 << 40})
+            assert caught.value.hint and engine.get(id).spec.host["Memory"] == 500 * MIB
+            engine.restart(id, 0)
+            wait_until(lambda: 500 < last() < 596)
+            assert engine.update(id, {"Memory": 200 * MIB}) == []
+        finally:
+            engine.remove(id, force=True)
