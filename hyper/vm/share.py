@@ -281,7 +281,10 @@ def remove(server: Server, name: str) -> None:
 def _enter(server: Server) -> None:
     """Into the mount namespace of who serves: a child of the process that we started."""
     pid = server.child.pid
-    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    try:
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    except FileNotFoundError:  # a kernel without CONFIG_PROC_CHILDREN; mostly they are in one namespace
+        children = []
     serves = os.pidfd_open(int(children[0]) if children else pid)
     process.setns(serves, process.CLONE_NEWNS)
     os.close(serves)
