@@ -313,6 +313,7 @@ class VirtualMachine:
     def _check_saving(self) -> None:
         self._check_alive()
         saving.refuse_shares(self._plan)
+        self._sizes.refuse_saving()
         self._attachments.refuse_saving()
 
     def _save(self, home: Path, notes: dict[str, str], by: Deadline) -> dict[str, Any]:

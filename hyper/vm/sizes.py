@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 from ambi.core.deadline import Deadline
-from ambi.core.errors import AmbiError, Unavailable
+from ambi.core.errors import AmbiError, Conflict, Unavailable
 from hyper.guest.protocol import CpusTag, GrowTag, Type
 from hyper.vm import disk
 from hyper.vm.cgroup import Cgroup, Limits
@@ -83,6 +83,14 @@ class Sizes:
         except AmbiError:
             if more > self.more:
                 raise
+
+    def refuse_saving(self) -> None:
+        """Raises Conflict for a guest that uses more memory than it booted with: no saved machine has it."""
+        if self.more:
+            raise Conflict(
+                f"the virtual machine uses {self.more >> 20} MiB more memory than it began with, and cannot be saved so",
+                hint="take it back before: ambi update --memory SIZE; or restart it, so that it begins with it",
+            )
 
     def grow_disk(self, path: Path, size_bytes: int, by: Deadline) -> None:
         """The writable disk, and the file system on it. Raises InvalidRequest (it would shrink), what monitor or agent say:

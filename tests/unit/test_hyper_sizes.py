@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from ambi.core.deadline import Deadline
-from ambi.core.errors import Internal, Unavailable
+from ambi.core.errors import Conflict, Internal, Unavailable
 from hyper.vm import sizes
 from hyper.vm.cgroup import Limits
 from hyper.vm.sizes import Sizes
@@ -74,8 +74,12 @@ def machine(guest: Guest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Sizes]:
 def test_the_hosts_limit_is_raised_before_and_lowered_after(guest: Guest, machine: Sizes) -> None:
     machine.grow_memory(40 * MIB, BY)
     assert (machine.more, guest.used, guest.limits) == (40 * MIB, 40 * MIB, [140])
+    with pytest.raises(Conflict, match="40 MiB more memory than it began with"):
+        machine.refuse_saving()
     assert machine.shrink_memory(12 * MIB, BY) == 0
     assert (machine.more, guest.limits) == (12 * MIB, [140, 112])
+    assert machine.shrink_memory(0, BY) == 0
+    machine.refuse_saving()
 
 
 def test_a_guest_that_takes_too_little_gets_nothing(guest: Guest, machine: Sizes) -> None:
