@@ -86,6 +86,8 @@ class Sizes:
 
     def refuse_saving(self) -> None:
         """Raises Conflict for a guest that uses more memory than it booted with: no saved machine has it."""
+        if self.more:  # some of it may have come back since
+            self.more = self._monitor.memory_plugged(Deadline.after(PATIENCE_S))
         if self.more:
             raise Conflict(
                 f"the virtual machine uses {self.more >> 20} MiB more memory than it began with, and cannot be saved so",
