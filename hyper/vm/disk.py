@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import os
 import stat
@@ -10,9 +9,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ambi.core.errors import AmbiError, Conflict, Internal, InvalidRequest, StorageFull, Unsupported, from_os_error
+from ambi.linux import holes
 from hyper.vm import jail
 
-FICLONE = 0x40049409  # linux/fs.h
 FILE = "disk.img"  # in the upper directory
 MIN_BYTES = 64 << 20
 MKFS_VERSION = 1  # raised when the options below change, so that old templates are not used
@@ -148,30 +147,17 @@ def clone(source: Path, target: Path) -> None:
     """A copy of `source` that shares its blocks where the file system can, else of its data without its holes."""
     with open(source, "rb") as reader, open(target, "xb") as writer:
         os.fchmod(writer.fileno(), 0o600)
-        try:
-            fcntl.ioctl(writer.fileno(), FICLONE, reader.fileno())
+        if holes.share_blocks(reader.fileno(), writer.fileno()):
             return
-        except OSError as error:
-            if error.errno not in (errno.EOPNOTSUPP, errno.ENOTTY, errno.EXDEV, errno.EINVAL, errno.ENOSYS):
-                raise
         size = os.fstat(reader.fileno()).st_size
         writer.truncate(size)
-        _copy_data(reader.fileno(), writer.fileno(), size)
+        for at, end in holes.data(reader.fileno(), 0, size):
+            _copy_data(reader.fileno(), writer.fileno(), at, end)
 
 
-def _copy_data(reader: int, writer: int, size: int) -> None:
-    at = 0
-    while at < size:
-        try:
-            start = os.lseek(reader, at, os.SEEK_DATA)
-        except OSError as error:
-            if error.errno == errno.ENXIO:  # only a hole is left
-                return
-            raise
-        at = os.lseek(reader, start, os.SEEK_HOLE)
-        os.lseek(reader, start, os.SEEK_SET)
-        while start < at:
-            data = os.pread(reader, min(at - start, 1 << 20), start)
-            if not data:
-                return
-            start += os.pwrite(writer, data, start)
+def _copy_data(reader: int, writer: int, at: int, end: int) -> None:
+    while at < end:
+        data = os.pread(reader, min(end - at, 1 << 20), at)
+        if not data:
+            return
+        at += os.pwrite(writer, data, at)

@@ -18,8 +18,6 @@ blake2b of what a file has besides zeros, block by block: holes and zeros are th
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import json
 import os
 from _blake2 import blake2b  # hashlib brings OpenSSL with it, which a shim can do without
@@ -29,6 +27,7 @@ from typing import Any, NamedTuple
 
 from ambi.core.deadline import Deadline
 from ambi.core.errors import Conflict, Corrupt, InvalidRequest, NotFound, Unsupported, from_os_error
+from ambi.linux import holes
 
 FORMAT = 1
 DIRECTORY = "snapshots"  # in the instance's data directory
@@ -38,7 +37,6 @@ BLOCK = 1 << 20
 DIGEST = 32  # bytes
 MAX_MANIFEST = 1 << 20
 MAX_CHAIN = 16  # snapshots, of which all but the first are differences
-FICLONE = 0x40049409  # linux/fs.h
 ELSEWHERE = "restore it where it was made, or start the machine from its image: ambi start"
 AGAIN = "remove the snapshot, and make it again"
 _FIRST = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789")
@@ -182,23 +180,9 @@ def digest_of(fd: int, by: Deadline) -> str:
 def _blocks(fd: int, size: int) -> Iterator[int]:
     """The numbers of the blocks that are not in a hole, ascending."""
     done = 0
-    for start, end in _extents(fd, size):
+    for start, end in holes.data(fd, 0, size):
         yield from range(max(done, start // BLOCK), -(-end // BLOCK))
         done = -(-end // BLOCK)
-
-
-def _extents(fd: int, size: int) -> Iterator[tuple[int, int]]:
-    """What of a file is no hole, as (first byte, end), ascending."""
-    end = 0
-    while end < size:
-        try:
-            start = os.lseek(fd, end, os.SEEK_DATA)
-        except OSError as error:
-            if error.errno == errno.ENXIO:  # only a hole is left
-                return
-            raise
-        end = os.lseek(fd, start, os.SEEK_HOLE)
-        yield start, end
 
 
 def copy(source: int, target: int, by: Deadline) -> None:
@@ -206,15 +190,11 @@ def copy(source: int, target: int, by: Deadline) -> None:
 
     Raises OSError, DeadlineExceeded.
     """
-    try:
-        fcntl.ioctl(target, FICLONE, source)
+    if holes.share_blocks(source, target):
         return
-    except OSError as error:
-        if error.errno not in (errno.EOPNOTSUPP, errno.ENOTTY, errno.EXDEV, errno.EINVAL, errno.ENOSYS):
-            raise
     size = os.fstat(source).st_size
     os.ftruncate(target, size)
-    for start, end in _extents(source, size):
+    for start, end in holes.data(source, 0, size):
         for at in range(start, end, BLOCK):
             by.check("the copy of a disk")
             piece = os.pread(source, min(BLOCK, end - at), at)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import os
 
+from ambi.linux import holes
+
 CHUNK = 2 << 20
 
 
@@ -14,15 +16,8 @@ def fill(view: memoryview, source: int, offset: int) -> None:
     One read after the other into the mapping: that has measured better than several threads, sendfile(2), writes to the
     memfd and huge pages, and it leaves the page tables made. Raises OSError.
     """
-    end, at = offset + len(view), offset
-    while at < end:
-        try:
-            at = os.lseek(source, at, os.SEEK_DATA)
-        except OSError as error:
-            if error.errno == errno.ENXIO:  # a hole to its end
-                return
-            raise
-        hole = min(os.lseek(source, at, os.SEEK_HOLE), end)
+    for start, hole in holes.data(source, offset, offset + len(view)):
+        at = start
         while at < hole:
             count = os.preadv(source, [view[at - offset : min(at + CHUNK, hole) - offset]], at)
             if not count:

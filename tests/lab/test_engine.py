@@ -16,15 +16,6 @@ RUN = ("run", "--rm", "-i", "-e", "A=b", "-u", "alice", "-w", "/made/here", "bb"
 MORE_KIB = 16 << 10  # 15.5 MiB are the PSS of a monitor and its shim where there are two
 
 
-@pytest.fixture(scope="module")
-def engine(tmp_path_factory: pytest.TempPathFactory, busybox_tar: Path) -> Iterator[OnDemand]:
-    it = OnDemand(tmp_path_factory.mktemp("lab"))
-    it.start()
-    it.ok("import", str(busybox_tar), "bb")
-    yield it
-    it.destroy()
-
-
 def test_one_image_both_ways(engine: OnDemand) -> None:
     found = {}
     for isolation in ("container", "vm"):

@@ -3,21 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
-
 from tests.cli.test_real_engine import OnDemand
-
-
-@pytest.fixture(scope="module")
-def engine(tmp_path_factory: pytest.TempPathFactory, busybox_tar: Path) -> Iterator[OnDemand]:
-    it = OnDemand(tmp_path_factory.mktemp("lab"))
-    it.start()
-    it.ok("import", str(busybox_tar), "bb")
-    yield it
-    it.destroy()
 
 
 def targets(engine: OnDemand) -> set[str]:

@@ -15,15 +15,6 @@ OPTIONS = "vers=4.2,soft,timeo=20,retrans=1"
 
 
 @pytest.fixture(scope="module")
-def engine(tmp_path_factory: pytest.TempPathFactory, busybox_tar: Path) -> Iterator[OnDemand]:
-    it = OnDemand(tmp_path_factory.mktemp("nfs"))
-    it.start()
-    it.ok("import", str(busybox_tar), "bb")
-    yield it
-    it.destroy()
-
-
-@pytest.fixture(scope="module")
 def server(engine: OnDemand, tmp_path_factory: pytest.TempPathFactory) -> Iterator[NfsServer]:
     for module in ("nfsd", "nfsv4"):
         subprocess.run(["modprobe", module], check=True)

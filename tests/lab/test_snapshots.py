@@ -111,15 +111,6 @@ def test_what_is_damaged_or_of_another_host_is_refused_and_changes_nothing(
     assert snapshots.children(home_of(plan, "x").parent, "one") == ["two"]
 
 
-@pytest.fixture(scope="module")
-def engine(tmp_path_factory: pytest.TempPathFactory, busybox_tar: Path) -> Iterator[OnDemand]:
-    it = OnDemand(tmp_path_factory.mktemp("lab"))
-    it.start()
-    it.ok("import", str(busybox_tar), "bb")
-    yield it
-    it.destroy()
-
-
 def test_one_with_a_network_goes_on_with_another_address(engine: OnDemand) -> None:
     engine.ok("network", "create", "one")
     engine.ok("network", "create", "two")
