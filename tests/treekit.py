@@ -37,9 +37,10 @@ def look(browsable: Any, loop: Loop, verb: str, path: str = "/", *, send: bytes 
     for thread in threads:  # not before: a driver clones without regard for threads
         thread.start()
     assert loop.run(lambda: bool(answers), Deadline.after(60)), f"tree {request} is not answered"
-    for thread in threads:
-        thread.join(30)
-        assert not thread.is_alive(), f"the stream of {request} does not end"
+    by = Deadline.after(30)
+    while any(thread.is_alive() for thread in threads):  # what is still in hand is written by the loop
+        assert not by.expired(), f"the stream of {request} does not end"
+        loop.run(lambda: False, Deadline.after(0.01))
     if isinstance(answers[0], AmbiError):
         raise answers[0]
     return Looked(answers[0], bytes(received))
