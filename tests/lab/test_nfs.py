@@ -72,4 +72,5 @@ def test_a_server_that_is_away(engine: OnDemand, server: NfsServer) -> None:
     engine.ok("rm", "-f", "user")
     assert "nfs4" not in Path("/proc/self/mountinfo").read_text()
     done = engine.ambi("run", "--rm", "-v", "away:/x", "bb", "true")
-    assert done.returncode == 125 and b"connection refused" in done.stderr and b"hint:" in done.stderr
+    assert done.returncode == 125 and b"hint:" in done.stderr
+    assert b"connection refused" in done.stderr or b"input/output error" in done.stderr  # as the kernel has it
