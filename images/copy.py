@@ -24,9 +24,9 @@ from contextlib import contextmanager
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, Protocol
 
-from ambi.core.errors import AmbiError, Corrupt, InvalidRequest, NotFound
+from ambi.core.errors import Corrupt, InvalidRequest, NotFound
 from ambi.core.events import Progress, ProgressSink, ignore
-from images import archive, manifest, pull, reference, referrers, save
+from images import archive, manifest, pull, push, reference, referrers, save
 from images.content import Ingest, digest_of, parse_json
 from images.database import LayerRow
 from images.layers.decoder import compression_of
@@ -393,16 +393,9 @@ class _Sending:
 
     def _blob(self, blob: Descriptor) -> None:
         short = blob.digest[7:19]
-        if self._target.has_blob(blob.digest):
-            self._tell(short, "Layer already exists")
+        if told := push.spared(self._target, blob.digest, self._froms):
+            self._tell(short, told)
             return
-        for path in self._froms[:2]:
-            try:
-                if self._target.mount(blob.digest, path):
-                    self._tell(short, f"Mounted from {path}")
-                    return
-            except AmbiError:  # we may not read there: it is sent
-                continue
         reader = self._source.open(blob, lambda done: self._tell(short, "Copying", done, blob.size))
         try:
             self._target.upload(blob.digest, blob.size, reader)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
@@ -101,16 +101,9 @@ class _Push:
 
     def _layer(self, layer: Descriptor, sources: list[str]) -> None:
         short = layer.digest[7:19]
-        if self._repository.has_blob(layer.digest):
-            self._tell(short, "Layer already exists")
+        if told := spared(self._repository, layer.digest, sources):
+            self._tell(short, told)
             return
-        for source in sources[:2]:
-            try:
-                if self._repository.mount(layer.digest, source):
-                    self._tell(short, f"Mounted from {source}")
-                    return
-            except AmbiError:  # we may not read there: it is sent
-                continue
         self._upload(layer, lambda sent: self._tell(short, "Pushing", sent, layer.size))
         self._tell(short, "Pushed")
 
@@ -144,3 +137,17 @@ class _Counted:
 def _whole(store: Store, digest: str) -> bytes:
     with os.fdopen(store.content.open(digest), "rb") as file:
         return file.read()
+
+
+def spared(repository: Repository, digest: str, sources: Sequence[str]) -> str | None:
+    """Why a blob need not be sent, in docker's words: it is there, or the registry took it from one of two `sources`, paths
+    of its other repositories. None when it is to be sent. Raises an AmbiError when the registry does not answer."""
+    if repository.has_blob(digest):
+        return "Layer already exists"
+    for source in sources[:2]:
+        try:
+            if repository.mount(digest, source):
+                return f"Mounted from {source}"
+        except AmbiError:  # we may not read there: it is sent
+            continue
+    return None

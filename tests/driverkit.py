@@ -13,8 +13,10 @@ import contextlib
 import copy
 import itertools
 import os
+import shutil
 import subprocess
 import tarfile
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
@@ -28,6 +30,7 @@ from ambi.core.undo import Undo
 from ambi.linux import mount, process, seccomp_profile
 from ambi.shim import drivers
 from runtime import cgroups
+from tests.harness import guest_dir
 
 CAPABILITIES = [
     "CAP_CHOWN", "CAP_DAC_OVERRIDE", "CAP_FSETID", "CAP_FOWNER", "CAP_MKNOD", "CAP_NET_RAW", "CAP_SETGID", "CAP_SETUID",
@@ -309,3 +312,12 @@ class Rig:
                 running.init.write(input)
                 running.init.close_stdin()
             return running.init.finish()
+
+
+@contextlib.contextmanager
+def vm_rig(busybox_tar: Path) -> Iterator[Rig]:
+    """A rig for VMs of one EROFS layer."""
+    base = Path(tempfile.mkdtemp(prefix="ambi-", dir="/tmp"))
+    tree = unpack(busybox_tar, base / "tree")
+    yield Rig("vm", base, (make_layer(tree, "erofs", base / "base.erofs"),), guest_dir())
+    shutil.rmtree(base)

@@ -85,7 +85,7 @@ def pipe() -> tuple[int, int]:
     read_end, write_end = os.pipe2(os.O_CLOEXEC)
     try:
         fcntl.fcntl(write_end, fcntl.F_SETPIPE_SZ, 1 << 20)
-    except OSError:
+    except OSError:  # more than pipe-max-size: one of the usual size is slower
         pass
     return read_end, write_end
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +18,6 @@ from hyper.vm import snapshots
 from hyper.vmm import snapshot as state_file
 from tests import driverkit
 from tests.cli.test_real_engine import OnDemand
-from tests.harness import guest_dir
 from tests.snapshotkit import COUNT, home_of, restored, save, until_more
 
 pytestmark = pytest.mark.needs("kvm")
@@ -28,10 +25,8 @@ pytestmark = pytest.mark.needs("kvm")
 
 @pytest.fixture(scope="module")
 def rig(busybox_tar: Path) -> Iterator[driverkit.Rig]:
-    base = Path(tempfile.mkdtemp(prefix="ambi-", dir="/tmp"))
-    tree = driverkit.unpack(busybox_tar, base / "tree")
-    yield driverkit.Rig("vm", base, (driverkit.make_layer(tree, "erofs", base / "base.erofs"),), guest_dir())
-    shutil.rmtree(base)
+    with driverkit.vm_rig(busybox_tar) as it:
+        yield it
 
 
 def allocated(path: Path) -> int:

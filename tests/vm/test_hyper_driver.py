@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import subprocess
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,17 +19,14 @@ from ambi.core.undo import Undo
 from hyper.qemu import argv
 from hyper.vm import jail, template, words
 from tests import driverkit
-from tests.harness import guest_dir
 
 pytestmark = pytest.mark.needs("qemu")
 
 
 @pytest.fixture(scope="module")
 def rig(busybox_tar: Path) -> Iterator[driverkit.Rig]:
-    base = Path(tempfile.mkdtemp(prefix="ambi-", dir="/tmp"))
-    tree = driverkit.unpack(busybox_tar, base / "tree")
-    yield driverkit.Rig("vm", base, (driverkit.make_layer(tree, "erofs", base / "base.erofs"),), guest_dir())
-    shutil.rmtree(base)
+    with driverkit.vm_rig(busybox_tar) as it:
+        yield it
 
 
 @pytest.fixture(scope="module")

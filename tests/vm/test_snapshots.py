@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,7 +16,6 @@ from hyper.qemu import snapshots as qemu_snapshots
 from hyper.qemu.snapshots import QemuSnapshots
 from hyper.vm import disk, snapshots
 from tests import driverkit
-from tests.harness import guest_dir
 from tests.snapshotkit import COUNT, home_of, numbers, restored, save, until_more
 
 pytestmark = pytest.mark.needs("qemu")
@@ -26,10 +23,8 @@ pytestmark = pytest.mark.needs("qemu")
 
 @pytest.fixture(scope="module")
 def rig(busybox_tar: Path) -> Iterator[driverkit.Rig]:
-    base = Path(tempfile.mkdtemp(prefix="ambi-", dir="/tmp"))
-    tree = driverkit.unpack(busybox_tar, base / "tree")
-    yield driverkit.Rig("vm", base, (driverkit.make_layer(tree, "erofs", base / "base.erofs"),), guest_dir())
-    shutil.rmtree(base)
+    with driverkit.vm_rig(busybox_tar) as it:
+        yield it
 
 
 def test_a_count_goes_on_without_a_gap_or_a_repeat(rig: driverkit.Rig) -> None:

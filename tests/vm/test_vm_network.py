@@ -5,10 +5,8 @@ from __future__ import annotations
 import hashlib
 import itertools
 import os
-import shutil
 import signal
 import socket
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -22,7 +20,6 @@ from ambi.core.plan import LaunchPlan
 from ambi.network.model import Nic
 from hyper.guest.protocol import Items, Type
 from tests import driverkit, netkit
-from tests.harness import guest_dir
 
 pytestmark = pytest.mark.needs("qemu")
 BULK = 3_000_000
@@ -54,10 +51,8 @@ class Connected(NamedTuple):
 
 @pytest.fixture(scope="module")
 def rig(busybox_tar: Path) -> Iterator[driverkit.Rig]:
-    base = Path(tempfile.mkdtemp(prefix="ambi-", dir="/tmp"))
-    tree = driverkit.unpack(busybox_tar, base / "tree")
-    yield driverkit.Rig("vm", base, (driverkit.make_layer(tree, "erofs", base / "base.erofs"),), guest_dir())
-    shutil.rmtree(base)
+    with driverkit.vm_rig(busybox_tar) as it:
+        yield it
 
 
 @pytest.fixture(scope="module")

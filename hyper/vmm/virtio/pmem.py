@@ -50,7 +50,7 @@ class Pmem(Device):
                 if self._fd >= 0:
                     os.fdatasync(self._fd)
                 return 0
-            except OSError:
+            except OSError:  # the guest is told, and it is counted
                 pass
         self.counts["errors"] += 1
         return 1
